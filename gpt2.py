@@ -1,0 +1,1015 @@
+"""
+GPT-2: a decoder-only Transformer                    Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
+                                                     (blocks of Vaswani et al. 2017, arXiv:1706.03762v7, with the norm first)
+
+Special: nothing. Every token looks back at every earlier one, and this is the file that the others are compared with.
+    x_0     = wte[token] + wpe[position]                        learned positions, so at most `seq` of them
+    x      += Attention(LayerNorm(x))                           softmax(q k^T / sqrt(D) + causal mask) v, H heads of size D
+    x      += MLP(LayerNorm(x))                                 gelu_tanh(x W + b) W' + b', four times as wide inside
+    logits  = LayerNorm(x) wte^T                                the head is the embedding
+
+Run:     python gpt2.py                                         trains on tiny Shakespeare, then prints a sample
+         python gpt2.py --data my.txt --layers 6 --dim 384      on your own text, larger
+         python gpt2.py --sample "ROMEO:"                       from out/gpt2
+         python gpt2.py --init gpt2 --sample "The Eiffel tower" from OpenAI's weights (any Hugging Face GPT-2 folder or name,
+                                                                or llm.c's gpt2_124M.bin)
+         torchrun --nproc_per_node=2 gpt2.py                    the same run on two GPUs
+Expect:  validation losses and minutes are in bench/RESULTS.md, each with its command.
+Alone:   this file needs PyTorch, numpy and safetensors; with kernels/ beside it, it is faster.
+"""
+
+import argparse
+import ast
+import contextlib
+import csv
+import dataclasses
+import functools
+import glob
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+
+try:
+    from kernels.attention import attention
+    from kernels.cross_entropy import linear_cross_entropy
+    from kernels.matmul import linear
+    from kernels.norm import add_layer_norm, layer_norm
+except ModuleNotFoundError:  # this file alone: the same operations in plain PyTorch
+
+    def attention(q, k, v, causal=True):  # softmax(q k^T / sqrt(D)) v; query i sees keys up to i + Tk - Tq
+        Tq, Tk = q.shape[2], k.shape[2]
+        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq) if causal and 1 < Tq < Tk else None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and Tq == Tk)
+
+    def linear_cross_entropy(x, w, targets, ignore_index=-1):
+        """mean of -log softmax(x w^T)[target]; 2048 rows at a time, and again in backward, so that the logits are never whole."""
+        x, targets = x.flatten(0, -2), targets.flatten()
+        total = x.new_zeros((), dtype=torch.float32)
+        for xs, ts in zip(x.split(2048), targets.split(2048)):
+            part = lambda xs, ts: F.cross_entropy(
+                F.linear(xs, w).float(), ts, ignore_index=ignore_index, reduction="sum"
+            )
+            total = total + checkpoint(part, xs, ts, use_reentrant=False)
+        return total / (targets != ignore_index).sum().clamp(min=1)
+
+    def linear(x, w, b=None, act=None):
+        y = F.linear(x, w, b)
+        return F.gelu(y, approximate="tanh") if act == "gelu" else y
+
+    def layer_norm(x, w, b=None, eps=1e-5):
+        return F.layer_norm(x, w.shape, w, b, eps)
+
+    def add_layer_norm(x, r, w, b=None, eps=1e-5):
+        s = x + r
+        return layer_norm(s, w, b, eps), s
+
+
+@dataclass
+class Config:
+    # the model
+    layers: int = 12  # blocks
+    heads: int = 12  # attention heads; the head size D is dim / heads
+    dim: int = 768  # width C of the residual stream
+    seq: int = 1024  # context length T, the number of learned positions
+    vocab: int = 0  # rows of the embedding; 0: as many as the tokenizer has
+    dropout: float = 0.0  # after embedding, attention weights, attention and MLP
+    # the run
+    preset: str = ""  # sizes and schedule together; default: cpu without a GPU, gpu with one
+    data: str = "shakespeare"  # name in data/, .txt or .jsonl file, folder or glob of token shards (nanoGPT's, llm.c's)
+    tok: str = ""  # char | byte | gpt2 | a tokenizer.json | a RWKV vocabulary file; default: what suits the data
+    batch: int = 16  # sequences per micro-step, over all processes together
+    accum: int = 1  # micro-steps whose gradients are summed into one step
+    steps: int = 1000  # optimizer steps
+    lr: float = 6e-4  # peak learning rate
+    lr_end: float = 0.0  # last learning rate, as a fraction of --lr; cosine in between
+    warmup: int = 0  # steps of linear warm-up
+    beta2: float = 0.95  # second moment's decay in AdamW
+    wd: float = 0.1  # weight decay, on matrices only
+    clip: float = 1.0  # largest gradient norm; 0: no clipping
+    optim: str = "adamw"  # adamw | muon (matrices inside blocks; AdamW for the rest) | adamw8bit
+    seed: int = 1337  # of weights, batches and samples
+    device: str = ""  # cpu | cuda | mps; default: the best there is
+    dtype: str = "auto"  # auto (bf16 where it is faster here) | fp32 | bf16 (autocast)
+    compile: bool = False  # torch.compile
+    ckpt: bool = False  # recompute each block in backward instead of keeping its activations
+    fsdp: bool = False  # under torchrun: shard parameters, gradients and optimizer (FSDP2) instead of copying them
+    out: str = ""  # folder of the run; default out/<file>
+    resume: bool = False  # go on with the run in --out, bit for bit
+    init: str = ""  # start from a checkpoint: folder, file or hub name
+    eval_every: int = 250  # steps between evaluations and saves
+    eval_iters: int = 64  # batches of an evaluation; always the same ones
+    log_every: int = 10  # steps between progress lines
+    sample: str = ""  # generate after this text, from --out or --init, instead of training
+    tokens: int = 300  # how many to generate
+    temp: float = 0.8  # temperature; 0: the most likely token
+    top_k: int = 0  # draw from the k most likely; 0: from all
+    top_p: float = 1.0  # draw from the most likely that make up this probability
+
+
+GPT2 = dict(seq=1024, vocab=50257, tok="gpt2", data="openwebtext", steps=600_000, warmup=2000, lr_end=0.1, eval_every=1000)
+PRESETS = {
+    "cpu": dict(layers=4, heads=4, dim=128, seq=128, batch=16, steps=1500, lr=6e-3, optim="muon", eval_every=500),
+    # the character model of nanoGPT's README, here for one 12 GB GPU
+    "gpu": dict(layers=6, heads=6, dim=384, seq=256, batch=64, steps=5000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99, dropout=0.2),
+    # nanoGPT's CPU recipe
+    "nanogpt-cpu": dict(layers=4, heads=4, dim=128, seq=64, batch=12, steps=2000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99),
+    # OpenAI's sizes with nanoGPT's schedule, about 0.5M tokens a step on one 12 GB GPU
+    "124M": dict(layers=12, heads=12, dim=768, batch=8, accum=60, lr=6e-4, **GPT2),
+    "350M": dict(layers=24, heads=16, dim=1024, batch=4, accum=120, lr=3e-4, **GPT2),
+    "774M": dict(layers=36, heads=20, dim=1280, batch=2, accum=240, lr=2.5e-4, optim="adamw8bit", ckpt=True, **GPT2),
+    "1558M": dict(layers=48, heads=25, dim=1600, batch=1, accum=480, lr=2e-4, optim="adamw8bit", ckpt=True, **GPT2),
+}
+
+
+class Conv1D(nn.Module):
+    """y = x W + b with W (in, out), as GPT-2's checkpoints store it (nn.Linear holds the transpose)."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x, act=None):
+        return linear(x, self.weight.t(), self.bias, act)
+
+
+class LayerNorm(nn.Module):
+    """y = (x - mean) / sqrt(var + 1e-5) * weight + bias over the last dimension."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(C))
+        self.bias = nn.Parameter(torch.zeros(C))
+
+    def forward(self, x):
+        return layer_norm(x, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.heads, self.dropout = cfg.heads, cfg.dropout
+        self.c_attn = Conv1D(cfg.dim, 3 * cfg.dim)
+        self.c_proj = Conv1D(cfg.dim, cfg.dim)
+
+    def forward(self, x, cache=None, t=0):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        if cache is not None:  # (2, B, H, seq, D): keys and values of the t tokens before x, and room for more
+            cache[0, :, :, t : t + T], cache[1, :, :, t : t + T] = k, v
+            k, v = cache[:, :, :, : t + T]  # (B, H, t+T, D)
+        if self.training and self.dropout:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout)
+        else:
+            y = attention(q, k, v, causal=True)  # (B, H, T, D)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.dropout = cfg.dropout
+        self.c_fc = Conv1D(cfg.dim, 4 * cfg.dim)
+        self.c_proj = Conv1D(4 * cfg.dim, cfg.dim)
+
+    def forward(self, x):
+        # gelu_tanh(u) = u/2 (1 + tanh(sqrt(2/pi) (u + 0.044715 u^3)))
+        return F.dropout(self.c_proj(self.c_fc(x, act="gelu")), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.ln_1 = LayerNorm(cfg.dim)
+        self.attn = Attention(cfg)
+        self.ln_2 = LayerNorm(cfg.dim)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x, cache=None, t=0):
+        a = self.attn(self.ln_1(x), cache, t)
+        h, x = add_layer_norm(x, a, self.ln_2.weight, self.ln_2.bias)  # x = x + a, h = ln_2(x), in one pass
+        return x + self.mlp(h)
+
+
+class Model(nn.Module):
+    """GPT-2 with the parameter names and layouts of OpenAI's checkpoints on the Hugging Face hub (head tied to wte)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        if cfg.dim % cfg.heads:
+            bad(f"--heads {cfg.heads}: --dim {cfg.dim} must be divisible by it")
+        self.cfg = cfg
+        self.context = cfg.seq  # step() holds at most this many tokens
+        self.wte = nn.Embedding(cfg.vocab, cfg.dim)
+        self.wpe = nn.Embedding(cfg.seq, cfg.dim)
+        self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
+        self.ln_f = LayerNorm(cfg.dim)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:  # biases stay 0, norms 1; the 2L products that are added to the stream start smaller
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.layers) if name.endswith("c_proj.weight") else 0.02)
+
+    def blocks(self, tokens, caches=None, t=0):
+        """tokens (B, T) at positions t..t+T-1 -> the normed residual stream (B, T, C)."""
+        x = F.embedding(tokens, self.wte.weight) + self.wpe.weight[t : t + tokens.shape[1]]  # (B, T, C)
+        x = F.dropout(x, self.cfg.dropout, self.training)
+        for i, block in enumerate(self.h):
+            if self.cfg.ckpt and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, None if caches is None else caches[i], t)
+        return self.ln_f(x)
+
+    def forward(self, tokens, targets=None):
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T), where -1 is ignored: the mean loss, a fp32 scalar."""
+        x = self.blocks(tokens)
+        if targets is None:
+            return linear(x, self.wte.weight)
+        return linear_cross_entropy(x, self.wte.weight, targets)
+
+    def init_state(self, batch):
+        """An empty cache (L, 2, B, H, seq, D), and the number of tokens in it."""
+        c, p = self.cfg, self.wte.weight
+        shape = (c.layers, 2, batch, c.heads, c.seq, c.dim // c.heads)
+        return {"kv": torch.zeros(shape, dtype=p.dtype, device=p.device), "t": 0}
+
+    def step(self, tokens, state):
+        """The next tokens (B, T') -> logits (B, V) after the last of them, and the state."""
+        t, T = state["t"], tokens.shape[1]
+        if t + T > self.context:
+            raise ValueError(f"{t + T} tokens do not fit the {self.context} positions")
+        x = self.blocks(tokens, state["kv"].to(self.wte.weight.dtype), t)
+        state["t"] = t + T
+        return linear(x[:, -1], self.wte.weight), state
+
+    def param_groups(self, weight_decay):
+        """Matrices decay, vectors do not (GPT-2, nanoGPT); `matrix` marks what Muon may orthogonalise."""
+        inner = [p for p in self.h.parameters() if p.ndim == 2]
+        vectors = [p for p in self.parameters() if p.ndim < 2]
+        return [
+            dict(params=inner, weight_decay=weight_decay, matrix=True),
+            dict(params=[self.wte.weight, self.wpe.weight], weight_decay=weight_decay),
+            dict(params=vectors, weight_decay=0.0),
+        ]
+
+    def hf_config(self):
+        """config.json as transformers' GPT2LMHeadModel reads it."""
+        c = self.cfg
+        end = 50256 if c.vocab >= 50257 else None
+        return dict(
+            model_type="gpt2", architectures=["GPT2LMHeadModel"], n_layer=c.layers, n_head=c.heads, n_embd=c.dim,
+            n_positions=c.seq, n_ctx=c.seq, vocab_size=c.vocab, activation_function="gelu_new", layer_norm_epsilon=1e-5,
+            embd_pdrop=c.dropout, attn_pdrop=c.dropout, resid_pdrop=c.dropout, initializer_range=0.02,
+            bos_token_id=end, eos_token_id=end, tie_word_embeddings=True,
+        )  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, source, **overrides):
+        """source: a Hugging Face GPT-2 folder or hub name, or llm.c's .bin; overrides: Config fields such as dropout."""
+        path = find_checkpoint(HUB.get(source, source))
+        if path.suffix == ".bin" and path.is_file():
+            config, tensors = read_llmc(path)
+        else:
+            config, tensors = read_checkpoint(path)
+        try:
+            cfg = Config(layers=config["n_layer"], heads=config["n_head"], dim=config["n_embd"], seq=config["n_positions"])
+            cfg.vocab = config["vocab_size"]
+        except KeyError as e:
+            bad(f"{path}: config.json has no {e}, so this is no GPT-2")
+        same = dict(activation_function="gelu_new", n_inner=None, scale_attn_by_inverse_layer_idx=False)
+        for key, value in same.items():
+            if config.get(key, value) not in (value, cfg.dim * 4):
+                bad(f"{path}: {key} = {config[key]!r} in config.json; GPT-2 has {value!r}")
+        cfg = dataclasses.replace(cfg, **overrides)
+        # the prefix is there in files that transformers saved; mask buffers and the tied head are no parameters
+        tensors = {k.removeprefix("transformer."): v for k, v in tensors.items()}
+        tensors = {k: v for k, v in tensors.items() if not re.search(r"\.attn\.(masked_)?bias$|^lm_head\.weight$", k)}
+        if cfg.seq < config["n_positions"] and "wpe.weight" in tensors:
+            tensors["wpe.weight"] = tensors["wpe.weight"][: cfg.seq]  # a shorter context needs fewer positions
+        model = cls(cfg)
+        load_strict(model, tensors, path)
+        return model
+
+    def save_pretrained(self, folder):
+        """model.safetensors and config.json, as on the hub: GPT2LMHeadModel.from_pretrained(folder) loads them."""
+        write_weights(folder, self.state_dict(), self.hf_config())
+
+
+HUB = {"gpt2": "openai-community/gpt2"} | {f"gpt2-{s}": f"openai-community/gpt2-{s}" for s in ("medium", "large", "xl")}
+
+
+def read_llmc(path):
+    """llm.c's gpt2_124M.bin: 256 int32 of header, then each kind of tensor for all layers; products as (out, in)."""
+    head = np.fromfile(path, dtype="<i4", count=256)
+    if len(head) < 256 or head[0] != 20240326 or head[1] not in (3, 5):
+        bad(f"{path}: not a model of llm.c (its header is magic 20240326, version 3 for fp32 or 5 for bf16)")
+    P, V, L, H, C, Vp = (int(n) for n in head[2:8])
+    kinds = {
+        "wte.weight": (Vp, C), "wpe.weight": (P, C), "ln_1.weight": (C,), "ln_1.bias": (C,), "attn.c_attn.weight": (3 * C, C),
+        "attn.c_attn.bias": (3 * C,), "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,), "ln_2.weight": (C,),
+        "ln_2.bias": (C,), "mlp.c_fc.weight": (4 * C, C), "mlp.c_fc.bias": (4 * C,), "mlp.c_proj.weight": (C, 4 * C),
+        "mlp.c_proj.bias": (C,), "ln_f.weight": (C,), "ln_f.bias": (C,),
+    }  # fmt: skip
+    body = torch.from_numpy(np.fromfile(path, dtype="<f4" if head[1] == 3 else "<i2", offset=1024))
+    body = body if head[1] == 3 else body.view(torch.bfloat16).float()
+    numel = {k: math.prod(s) * (1 if k.startswith("w") or k.startswith("ln_f") else L) for k, s in kinds.items()}
+    if len(body) != sum(numel.values()):
+        bad(f"{path}: {len(body):,} weights, but its header asks for {sum(numel.values()):,}")
+    tensors = {}
+    for (kind, shape), part in zip(kinds.items(), body.split(list(numel.values()))):
+        if kind == "wte.weight":
+            tensors[kind] = part.view(shape)[:V]  # rows past V are padding
+        elif kind in ("wpe.weight", "ln_f.weight", "ln_f.bias"):
+            tensors[kind] = part.view(shape)
+        else:
+            for i, t in enumerate(part.view(L, *shape)):
+                tensors[f"h.{i}.{kind}"] = t.t() if t.ndim == 2 else t
+    return dict(n_layer=L, n_head=H, n_embd=C, n_positions=P, vocab_size=V), tensors
+
+
+# ----- cli (shared) -----
+ME = Path(__file__).stem
+CHOICES = dict(optim=["adamw", "muon", "adamw8bit"], dtype=["auto", "fp32", "bf16"], device=["cpu", "cuda", "mps"])
+POSITIVE = "layers heads dim seq batch accum steps lr eval_every eval_iters log_every tokens".split()
+FRACTION = "dropout beta2 lr_end".split()
+
+
+def bad(message):
+    """A user's mistake: one line that says what is wrong and what would be right, exit code 2."""
+    print(f"{ME}.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv=None):
+    """The flags are the fields of Config, their help the comments there. Returns (the preset's values, the flags given)."""
+    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(Config), re.M))
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    p.error = bad
+    for f in fields(Config):
+        how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="X")
+        p.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{notes[f.name]}  [{f.default!r}]", **how)
+    given = vars(p.parse_args(argv))
+    for k, v in given.items():
+        if k in CHOICES and v not in CHOICES[k]:
+            bad(f"{flag(k)} {v}: one of {', '.join(CHOICES[k])}")
+        if isinstance(v, (int, float)) and not (0 < v < math.inf if k in POSITIVE else 0 <= v < math.inf):
+            bad(f"{flag(k)} {v}: must be {'positive' if k in POSITIVE else '0 or more'}")
+        if k in FRACTION and v > 1 or k in ("dropout", "beta2") and v == 1 or k == "top_p" and not 0 < v <= 1:
+            bad(f"{flag(k)} {v}: must be between 0 and 1")
+    preset = given.get("preset") or ("gpu" if torch.cuda.is_available() else "cpu")
+    if preset not in PRESETS:
+        bad(f"--preset {preset}: one of {', '.join(PRESETS)}")
+    return dict(out=f"out/{ME}") | PRESETS[preset] | dict(preset=preset), given
+
+
+# ----- end -----
+
+
+# ----- data (shared) -----
+class Tokenizer:
+    """encode: str -> array of ids, decode: ids -> str. kind: char | byte | gpt2 | path of a tokenizer.json or RWKV vocabulary."""
+
+    def __init__(self, kind, chars=""):
+        self.kind, self.chars = kind, chars  # chars: the sorted characters of kind char; an id is a place among them
+        try:
+            if kind == "char":
+                self.vocab, self.encode, self.decode = len(chars), self.places, lambda ids: "".join(chars[i] for i in ids)
+            elif kind == "byte":
+                self.vocab, self.encode = 256, lambda text: np.frombuffer(text.encode(), np.uint8)
+                self.decode = lambda ids: bytes(ids).decode(errors="replace")
+            elif kind == "gpt2":
+                import tiktoken
+
+                bpe = tiktoken.get_encoding("gpt2")
+                self.vocab, self.decode = bpe.n_vocab, bpe.decode
+                self.encode = lambda text: np.array(bpe.encode_ordinary(text), np.int64)
+            elif kind.endswith(".json"):
+                import tokenizers
+
+                hf = tokenizers.Tokenizer.from_file(kind)
+                self.vocab, self.decode = hf.get_vocab_size(), hf.decode
+                self.encode = lambda text: np.array(hf.encode(text, add_special_tokens=False).ids, np.int64)
+            elif Path(kind).is_file():  # RWKV: each line is an id, the token as a Python literal, and its length
+                lines = [re.fullmatch(r"(\d+) (.+) \d+", s).groups() for s in open(kind, encoding="utf-8")]
+                words = {int(i): w if isinstance(w := ast.literal_eval(s), bytes) else w.encode() for i, s in lines}
+                self.vocab, self.ids = 1 << max(words).bit_length(), {w: i for i, w in words.items()}
+                self.encode = self.longest
+                self.decode = lambda ids: b"".join(words.get(i, b"") for i in ids).decode(errors="replace")
+            else:
+                bad(f"--tok {kind}: one of char, byte, gpt2, or the path of a tokenizer.json or a RWKV vocabulary")
+        except Exception as e:  # each library has its own exceptions, for a damaged file as for a missing network
+            hint = "; its table is not cached and not to be had: --tok byte needs none" if kind == "gpt2" else ""
+            bad(f"--tok {kind}: cannot be used{hint} ({type(e).__name__})")
+
+    def places(self, text):
+        known, codes = np.array([ord(c) for c in self.chars]), np.frombuffer(text.encode("utf-32-le"), "<u4")
+        ids = np.searchsorted(known, codes).clip(max=len(known) - 1)
+        if (wrong := codes[known[ids] != codes]).size:
+            bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); --tok byte knows every text")
+        return ids
+
+    def longest(self, text):  # greedy: the longest word that the text goes on with
+        raw, ids, at, most = text.encode(), [], 0, max(map(len, self.ids))
+        while at < len(raw):
+            n = next(n for n in range(most, 0, -1) if raw[at : at + n] in self.ids)
+            ids.append(self.ids[raw[at : at + n]])
+            at += n
+        return np.array(ids, np.int64)
+
+
+class Stream:
+    """The tokens of one split: shards end to end. A window of seq + 1 tokens never crosses from one shard into the next."""
+
+    def __init__(self, shards, cfg, name):
+        self.shards = [s for s in shards if len(s) > cfg.seq]
+        self.name = f"the {name} split of --data {cfg.data}"
+        if not self.shards:
+            bad(f"--seq {cfg.seq}: {self.name} has only {max(map(len, shards), default=0):,} tokens in a piece")
+        self.seq, self.vocab, self.tokens = cfg.seq, cfg.vocab, sum(map(len, shards))
+        self.first = np.cumsum([0] + [len(s) - cfg.seq for s in self.shards])  # number of each shard's first window, and of all
+
+    def windows(self, numbers):
+        """Window numbers (n) -> inputs and targets (n, seq) int64; a target is the token after its input."""
+        rows = []
+        for i in numbers:
+            s = np.searchsorted(self.first, i, side="right") - 1
+            rows.append(self.shards[s][i - self.first[s] :][: self.seq + 1])
+        w = torch.from_numpy(np.stack(rows).astype(np.int64))
+        if w.max() >= self.vocab:
+            bad(f"{self.name}: token id {w.max()} is outside the vocabulary of {self.vocab}; --tok must be the data's own")
+        return w[:, :-1].contiguous(), w[:, 1:].contiguous()
+
+    def batch(self, cfg, step, micro, rank, world):
+        """A pure function of (seed, step, micro), split over the processes: any number of them sees the same data."""
+        numbers = np.random.default_rng((cfg.seed, step, micro)).integers(self.first[-1], size=cfg.batch)
+        return self.windows(numbers[rank::world])
+
+    def fixed(self, cfg):
+        """The evaluation's windows: all that fit without overlap, or eval_iters batches spread evenly."""
+        whole = np.arange(0, self.first[-1], self.seq)
+        n = cfg.eval_iters * cfg.batch
+        return whole if len(whole) <= n else np.linspace(0, self.first[-1] - 1, n).astype(np.int64)
+
+
+def shard(path):
+    """Memory-mapped tokens of nanoGPT's .bin (no header, uint16, uint32 above 65,536 words) or llm.c's (header of 1024 bytes)."""
+    head = np.fromfile(path, "<i4", 256)
+    if len(head) == 256 and head[0] in (20240520, 20240801):
+        tokens = np.memmap(path, "<u2" if head[0] == 20240520 else "<u4", "r", offset=1024)
+        if len(tokens) != head[2]:
+            bad(f"{path}: {len(tokens):,} tokens where its header says {head[2]:,}: the file is cut or damaged")
+        return tokens
+    meta = path.parent / "meta.json"
+    wide = meta.is_file() and json.loads(meta.read_text())["vocab_size"] > 65536
+    return np.memmap(path, "<u4" if wide else "<u2", "r") if path.stat().st_size else np.empty(0, np.uint16)
+
+
+class PlainPickle(pickle.Unpickler):
+    """For nanoGPT's meta.pkl: dicts, strings and numbers only. It can name no class or function, so no code can run."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+
+
+def prepared(cfg, given, tok):
+    """The folder of a set in data/, made by data/<name>.py the first time. Without a network stdlib stands in for the default."""
+    script = Path(__file__).parent / "data" / f"{cfg.data}.py"
+    kind = cfg.tok or re.search(r'^TOK = "(\w+)"', script.read_text(), re.M).group(1)
+    folder = script.with_suffix("") / kind
+    if not (folder / "meta.json").is_file():
+        r = subprocess.run([sys.executable, script, "--tok", kind], stderr=subprocess.PIPE, text=True)
+        said = (r.stderr.strip().splitlines() or ["it failed"])[-1]
+        if r.returncode and cfg.data == "shakespeare" and not given.keys() & {"data", "resume"} and not tok:
+            print(f"!!! {said}\n!!! training on the source of Python's own library instead: --data stdlib --tok byte")
+            cfg.data, cfg.tok = "stdlib", "byte"
+            return prepared(cfg, given, tok)
+        if r.returncode:
+            bad(said)
+    return folder
+
+
+def load_data(cfg, given, tok):
+    """-> (training Stream, validation Stream, Tokenizer); sets cfg.tok and cfg.vocab. tok: a checkpoint's, which must fit."""
+    folder, text = Path(__file__).parent / "data", None
+    cfg.tok = cfg.tok or (tok.kind if tok else "")
+    if not folder.is_dir() and cfg.data in ("shakespeare", "stdlib") and "data" not in given:  # this file alone
+        print("!!! no data/ beside this file: training on the source of Python's own library; --data my.txt for your text")
+        root = Path(sysconfig.get_paths()["stdlib"])
+        text = "\n".join(f.read_text(errors="replace") for f in sorted([*root.glob("*.py"), *root.glob("*/*.py")]))
+        cfg.data, cfg.tok = "stdlib", "byte"
+    elif cfg.data.endswith((".txt", ".jsonl")):
+        try:
+            text = Path(cfg.data).read_bytes().decode()  # bytes: no newline is translated
+            if cfg.data.endswith(".jsonl"):
+                text = "\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+        except OSError as e:
+            bad(f"--data {cfg.data}: {e.strerror}")
+        except (ValueError, KeyError, TypeError) as e:
+            bad(f'--data {cfg.data}: not UTF-8, or a line without {{"text": "..."}} ({type(e).__name__}: {e})')
+    if text is not None:
+        kind = cfg.tok = cfg.tok or "char"
+        chars = tok.chars if tok else "".join(sorted(set(text)))
+        tok = tok or Tokenizer(kind, chars if kind == "char" else "")
+        cut = int(len(text) * 0.9)  # nanoGPT's split: the last tenth of the characters
+        parts = dict(train=[tok.encode(text[:cut])], val=[tok.encode(text[cut:])])
+    else:
+        script = folder / f"{cfg.data}.py"
+        where = prepared(cfg, given, tok) if script.is_file() and script.stem != "common" else Path(cfg.data)
+        files = sorted(where.glob("*.bin")) if where.is_dir() else [Path(f) for f in sorted(glob.glob(str(where)))]
+        files = [f for f in files if f.suffix == ".bin"]
+        if not files:
+            names = ", ".join(sorted(f.stem for f in folder.glob("*.py") if f.stem != "common"))
+            bad(f"--data {cfg.data}: no .txt, .jsonl, folder or glob of .bin shards" + (f", nor one of {names}" if names else ""))
+        meta, old = files[0].parent / "meta.json", files[0].parent / "meta.pkl"
+        kind, chars = cfg.tok or "gpt2", ""
+        try:
+            if meta.is_file():
+                m = json.loads(meta.read_text())
+                kind, chars = m["tok"], m.get("chars", "")
+            elif old.is_file():
+                m = PlainPickle(open(old, "rb")).load()
+                kind, chars = "char", "".join(m["itos"][i] for i in range(m["vocab_size"]))
+        except Exception as e:  # JSON and pickle have many
+            bad(f"{files[0].parent}: meta.json or meta.pkl is damaged ({e})")
+        if tok and (tok.kind, tok.chars) != (kind, chars) or cfg.tok and cfg.tok != kind:
+            bad(f"--data {cfg.data}: its tokens are {kind}, but {tok.kind if tok else cfg.tok} is asked for, or other characters")
+        cfg.tok, tok = kind, tok or Tokenizer(kind, chars)
+        val = [f for f in files if "val" in f.name]
+        parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name], val=[shard(f) for f in val])
+        if not val:  # shards without a split: the last tenth of the last one
+            *rest, last = parts["train"]
+            parts = dict(train=[*rest, last[: len(last) * 9 // 10]], val=[last[len(last) * 9 // 10 :]])
+    if cfg.vocab and cfg.vocab < tok.vocab:
+        bad(f"--vocab {cfg.vocab}: the tokenizer {cfg.tok} has {tok.vocab:,} tokens")
+    cfg.vocab = cfg.vocab or tok.vocab
+    return Stream(parts["train"], cfg, "train"), Stream(parts["val"], cfg, "val"), tok
+
+
+# ----- end -----
+
+
+# ----- optimizer (shared) -----
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step, 0.2 sqrt(max(m, n)) (Liu et al. 2025, arXiv:2502.16982).
+
+    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1. torch.optim.Muon
+    does it in bf16, which a CPU without bf16 units does at 1/100 of its speed; here in fp32 there, matrices of a shape at once.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+                    self.state[p].setdefault("momentum", torch.zeros_like(p))
+            for (m, n), ps in shapes.items():
+                grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
+                torch._foreach_lerp_(M, grads, 1 - group["momentum"])
+                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"]))  # (k, m, n), Nesterov's look ahead
+                X = X.bfloat16() if X.is_cuda else X
+                X = X.mT if m > n else X
+                X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+                for _ in range(5):
+                    A = X @ X.mT
+                    X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+                X = X.mT if m > n else X
+                torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(ps, list(X.to(ps[0].dtype)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
+
+
+def make_optimizers(model, cfg):
+    """[AdamW], or [Muon for the groups that the model marks as `matrix`, AdamW for the rest]."""
+    groups = [{"lr_scale": 1.0, "matrix": False} | g for g in model.param_groups(cfg.wd)]
+    held = sorted(id(p) for g in groups for p in g["params"])
+    assert held == sorted(id(p) for p in model.parameters() if p.requires_grad), "every parameter is in one group"
+    how = dict(lr=cfg.lr, betas=(0.9, cfg.beta2))
+    try:
+        from kernels.adamw import AdamW, AdamW8bit
+    except ModuleNotFoundError:
+        if cfg.optim == "adamw8bit":
+            bad("--optim adamw8bit: it needs the folder kernels/ beside this file")
+        AdamW = functools.partial(torch.optim.AdamW, fused=True)
+    if cfg.optim == "adamw8bit":
+        return [AdamW8bit(groups, **how)]
+    if cfg.optim == "adamw":
+        return [AdamW(groups, **how)]
+    if cfg.fsdp:
+        bad("--optim muon: it needs whole matrices, and --fsdp splits them; take adamw")
+    return [Muon([g for g in groups if g["matrix"]], cfg.lr, cfg.wd), AdamW([g for g in groups if not g["matrix"]], **how)]
+
+
+def set_lr(optimizers, step, cfg):
+    """Linear warm-up to lr, then half a cosine down to lr_end * lr; a group's lr_scale multiplies it."""
+    r = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+    now = (step + 1) / (cfg.warmup + 1) if r < 0 else cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * r))
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["lr"] = cfg.lr * now * group["lr_scale"]
+    return cfg.lr * now
+
+
+# ----- end -----
+
+
+# ----- checkpoint (shared) -----
+def write_file(path, write):
+    """write(a temporary path), onto the disk, rename: at any instant path is the whole old file or the whole new one."""
+    tmp = f"{path}.tmp"
+    write(tmp)
+    with open(tmp, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def write_weights(folder, tensors, config, name="model.safetensors", step=None):
+    """tensors and config.json, as the family's own library loads them."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_file(f"{folder}/config.json", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
+    tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
+    write_file(f"{folder}/{name}", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
+
+
+def find_checkpoint(source):
+    """A folder, a file, or the name of a model on the Hugging Face hub, which is downloaded once -> Path."""
+    if Path(source).exists():
+        return Path(source)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
+    except Exception as e:  # no such name, no network, no library
+        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); a hub name is owner/name")
+
+
+def read_checkpoint(path):
+    """A folder, or a weights file in one -> (config.json as a dict, tensors by name). Only plain tensors are ever unpickled."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
+        if path.is_file():
+            files = [path]
+        elif index.is_file():
+            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        else:
+            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file() else "pytorch_model.bin")]
+        tensors = {}
+        for f in files:
+            tensors |= load_file(f) if f.suffix == ".safetensors" else torch.load(f, map_location="cpu", weights_only=True)
+        return config, tensors
+    except FileNotFoundError as e:
+        bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
+    except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
+        bad(f"{path}: damaged, or not a checkpoint ({str(e).splitlines()[0][:120]})")
+
+
+def load_strict(model, tensors, path):
+    """Copy tensors into the model; one that is missing, left over or of another shape is named and refused."""
+    own = model.state_dict()
+    for k in sorted(own.keys() | tensors.keys()):
+        if k not in tensors or k not in own:
+            bad(f"{path}: {'no tensor' if k in own else 'unknown tensor'} {k}")
+        if tensors[k].shape != own[k].shape:
+            bad(f"{path}: {k} is {tuple(tensors[k].shape)}, but {tuple(own[k].shape)} is asked for")
+    model.load_state_dict(tensors)
+
+
+def sharded(cfg):
+    """With --fsdp every process holds a part: these make and take whole state dicts on the first one."""
+    from torch.distributed.checkpoint import state_dict as D
+
+    return D, D.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def save(cfg, model, optimizers, tok, step, best):
+    """The run's folder. Both large files are whole on the disk before the first rename, which decides (load_run ends the second)."""
+    weights, states = model.state_dict, [o.state_dict for o in optimizers]
+    if cfg.fsdp:
+        D, how = sharded(cfg)
+        weights = functools.partial(D.get_model_state_dict, model, options=how)
+        states = [functools.partial(D.get_optimizer_state_dict, model, o, options=how) for o in optimizers]
+    weights, states = weights(), [s() for s in states]
+    if int(os.environ.get("RANK", 0)) == 0:
+        write_weights(cfg.out, weights, model.hf_config(), "model.safetensors.new", step)
+        kind = dict(tok=tok.kind, chars=tok.chars)
+        write_file(f"{cfg.out}/tok.json", lambda tmp: Path(tmp).write_text(json.dumps(kind)))
+        state = dict(config=asdict(cfg), optimizers=states, step=step, best=best)
+        write_file(f"{cfg.out}/train_state.pt", lambda tmp: torch.save(state, tmp))
+        os.replace(f"{cfg.out}/model.safetensors.new", f"{cfg.out}/model.safetensors")
+
+
+def load_run(out):
+    """What save() left in train_state.pt, or None."""
+    path, new = Path(out, "train_state.pt"), Path(out, "model.safetensors.new")
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if new.is_file():
+            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of train_state.pt's step here
+                if f.metadata()["step"] == str(state["step"]):
+                    os.replace(new, Path(out, "model.safetensors"))
+        return state
+    except Exception as e:  # a damaged zip, a foreign pickle, a file that is no dict
+        bad(f"{path}: damaged, or not of this program ({str(e).splitlines()[0][:120]})")
+
+
+def load_tokenizer(path, vocab):
+    """The tokenizer beside a checkpoint; one without has GPT-2's if its vocabulary is as large."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / "tok.json").is_file():
+        kind = json.loads((folder / "tok.json").read_text())
+        return Tokenizer(kind["tok"], kind["chars"])
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer(str(folder / "tokenizer.json"))
+    return Tokenizer("gpt2") if 50257 <= vocab <= 50304 else None
+
+
+# ----- end -----
+
+
+# ----- train (shared) -----
+def pick_device(cfg):
+    """-> (device, rank, world size); under torchrun each process takes its own GPU."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, rank, world = cfg.device or best, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if kind != "cpu" and kind != best:
+        bad(f"--device {kind}: this machine, or this PyTorch, has none; --device cpu works everywhere")
+    if cfg.batch % world:
+        bad(f"--batch {cfg.batch}: must be divisible by the {world} processes that share it")
+    if cfg.fsdp and "RANK" not in os.environ:
+        bad("--fsdp: start it with torchrun --nproc_per_node=N")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return device, rank, world
+
+
+def bf16_pays(device, model, batch):
+    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if they are faster, a whole micro-step."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False), "auto"
+
+    def fastest(run):
+        times = [(time.perf_counter(), run(), time.perf_counter()) for _ in range(3)]
+        return min(end - start for start, _, end in times)
+
+    def step(enabled):
+        with torch.autocast(device.type, torch.bfloat16, enabled):
+            loss = model(*batch)
+        loss.backward()
+        model.zero_grad()
+
+    a = torch.randn(256, 256, device=device)
+    b = a.bfloat16()
+    if fastest(lambda: b @ b) > fastest(lambda: a @ a):
+        return False, "auto: matrices multiply more slowly in bf16 here"
+    fp32, bf16 = fastest(lambda: step(False)), fastest(lambda: step(True))
+    return bf16 < fp32, f"auto: a micro-step takes {fp32 * 1e3:.0f} ms in fp32, {bf16 * 1e3:.0f} ms in bf16"
+
+
+@torch.no_grad()
+def evaluate(model, stream, cfg, device, cast):
+    """Mean loss over the split's fixed windows. Every process does them all, so that the number does not depend on how many."""
+    model.eval()
+    total, numbers = 0.0, stream.fixed(cfg)
+    for i in range(0, len(numbers), cfg.batch):
+        x, y = stream.windows(numbers[i : i + cfg.batch])
+        with torch.autocast(device.type, torch.bfloat16, cast):
+            total += model(x.to(device), y.to(device)).item() * len(x)
+    model.train()
+    return total / len(numbers)
+
+
+def train(cfg, given, model, tok, state):
+    """model, tok: from a checkpoint, or None; state: load_run()'s of the run that goes on, or None. Returns the last val loss."""
+    device, rank, world = pick_device(cfg)
+    say = print if rank == 0 else lambda *a, **k: None
+    if rank:
+        dist.barrier()  # the first process downloads and prepares, the others find it done
+    train_data, val_data, tok = load_data(cfg, given, tok)
+    if world > 1 and not rank:
+        dist.barrier()
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        Path(cfg.out, "log.csv").open("a").close()
+    except OSError as e:
+        bad(f"--out {cfg.out}: {e.strerror}")
+    torch.manual_seed(cfg.seed)
+    model = (model or Model(cfg)).to(device)
+    model.cfg = cfg
+    cast, why = cfg.dtype == "bf16", "asked for"
+    if cfg.dtype == "auto":
+        cast, why = bf16_pays(device, model, [t.to(device) for t in train_data.batch(cfg, 0, 0, rank, world)])
+    if world > 1:
+        (cast, why), _ = shared = [(cast, why), None]
+        dist.broadcast_object_list(shared)
+        cast, why = shared[0]
+    if cfg.fsdp:
+        from torch.distributed.fsdp import fully_shard
+
+        for part in [*(m for m in model.modules() if isinstance(m, Block)), model]:
+            fully_shard(part, mesh=dist.device_mesh.init_device_mesh(device.type, (world,)))
+    optimizers = make_optimizers(model, cfg)
+    step, best, val, rows = 0, math.inf, None, []
+    if state:
+        step, best, val = state["step"], state["best"], None
+        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline="")) if r and r[0].isdigit() and int(r[0]) <= step]
+        for o, s in zip(optimizers, state["optimizers"]):
+            if cfg.fsdp:
+                D, how = sharded(cfg)
+                D.set_optimizer_state_dict(model, o, s, options=how)
+            else:
+                o.load_state_dict(s)
+    run = model if cfg.fsdp or world == 1 else nn.parallel.DistributedDataParallel(model)
+    run = torch.compile(run) if cfg.compile else run
+
+    per_step, params = cfg.batch * cfg.accum * cfg.seq, [p for p in model.parameters() if p.requires_grad]
+    ops = sys.modules.get("kernels.norm")
+    form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
+    say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}")
+    say(f"{cfg.batch} x {cfg.seq} x {cfg.accum} = {per_step:,} tokens a step, {cfg.steps:,} steps | {cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
+    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | {form}{' | compiled' * cfg.compile}")
+
+    log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
+    log.writerows([("step", "tokens", "seconds", "loss", "val", "lr", "norm", "tok_s"), *rows])
+    stop, before = [], float(rows[-1][2]) if rows else 0.0
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda *_: stop.append(1))
+    wrong = torch.full((), -1, device=device)  # the first step whose loss or gradient was not finite
+    begun, saved, start, mark = step, step if state else None, time.perf_counter(), (time.perf_counter(), step)
+    while step < cfg.steps and not stop:
+        lr, total = set_lr(optimizers, step, cfg), 0.0
+        for micro in range(cfg.accum):
+            x, y = (t.to(device, non_blocking=True) for t in train_data.batch(cfg, step, micro, rank, world))
+            torch.manual_seed(hash((cfg.seed, step, micro, rank)) % 2**63)  # dropout is a function of the step, too
+            last = micro == cfg.accum - 1
+            if cfg.fsdp:
+                model.set_requires_gradient_sync(last)
+            with contextlib.nullcontext() if last or world == 1 or cfg.fsdp else run.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, cast):
+                    loss = run(x, y) / cfg.accum
+                loss.backward()
+            total = total + loss.detach()
+        norm = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
+        norm = norm.full_tensor() if cfg.fsdp else norm
+        wrong = torch.where((wrong < 0) & ~(total + norm).isfinite(), step + 1, wrong)
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        step += 1
+        if world > 1:  # the mean loss; and all processes stop after the same step
+            both = torch.stack([total / world, torch.full_like(total, len(stop))])
+            dist.all_reduce(both)
+            total = both[0]
+            stop += [1] * int(both[1].item() > 0)
+        due = step % cfg.eval_every == 0 or step == cfg.steps or bool(stop)
+        if not (due or step % cfg.log_every == 0 or step == begun + 1 or device.type == "cpu"):
+            continue  # from here on the GPU is waited for
+        if wrong.item() >= 0:
+            good = "no checkpoint yet" if saved is None else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})"
+            bad(f"step {wrong.item()}: the loss is not finite; {good}; a smaller --lr helps")
+        if due:
+            save(cfg, model, optimizers, tok, step, best)  # before evaluating: whatever happens there, the work is kept
+            saved = step
+        if due and not stop:
+            val = evaluate(run, val_data, cfg, device, cast)
+            best = min(best, val)
+        if due or step % cfg.log_every == 0 or step == begun + 1:
+            now = time.perf_counter()
+            speed, mark = per_step * (step - mark[1]) / (now - mark[0]), (now, step)
+            left = (now - start) / (step - begun) * (cfg.steps - step)
+            peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mb()
+            v = repr(val) if due and not stop else ""
+            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr, repr(norm.item()), f"{speed:.0f}"))
+            shown = f" | val {val:.4f}" if v else ""
+            say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
+                f"{speed:,.0f} tok/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
+    if stop:
+        say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
+    else:
+        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended before has none yet
+        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, after {before + time.perf_counter() - start:.0f} s of training")
+        if not cfg.fsdp and rank == 0:
+            show(cfg, model, tok, "\n")
+        say(f"model.safetensors, config.json, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample \"...\"")
+    if "RANK" in os.environ:
+        dist.destroy_process_group()
+    return val
+
+
+def peak_mb():
+    """The process's largest resident memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ----- end -----
+
+
+# ----- sample (shared) -----
+def draw(logits, cfg, generator):
+    """logits (B, V) -> tokens (B, 1): the most likely, or drawn after temperature, top-k and top-p."""
+    if cfg.temp == 0:
+        return logits.argmax(-1, keepdim=True)
+    p = F.softmax(logits.float() / cfg.temp, dim=-1)
+    if 0 < cfg.top_k < p.shape[-1]:
+        p = p.where(p >= p.topk(cfg.top_k).values[:, -1:], 0)
+    if cfg.top_p < 1:
+        q, order = p.sort(dim=-1, descending=True)
+        q = q.where(q.cumsum(-1) - q <= cfg.top_p * q.sum(-1, keepdim=True), 0)  # the one that crosses the line is kept
+        p = torch.zeros_like(p).scatter(-1, order, q)
+    return torch.multinomial(p, 1, generator=generator)
+
+
+@torch.inference_mode()
+def generate(model, tokens, cfg):
+    """tokens (1, T) -> yields cfg.tokens ids one by one; each costs one step() with the cache or state."""
+    model.eval()
+    generator = torch.Generator(tokens.device).manual_seed(cfg.seed)
+    limit = model.context or math.inf  # a recurrent model has none
+    seen, new, held, state = tokens, tokens, 0, model.init_state(1)
+    for _ in range(cfg.tokens):
+        if held + new.shape[1] > limit:  # the context is full: begin again with its later half
+            held, new, state = 0, seen[:, -max(1, limit // 2) :], model.init_state(1)
+        logits, state = model.step(new, state)
+        held += new.shape[1]
+        new = draw(logits, cfg, generator)
+        seen = torch.cat([seen, new], 1) if model.context else new
+        yield new.item()
+    model.train()
+
+
+def show(cfg, model, tok, text):
+    """Print a sample as it is made; ids wait until they end a character."""
+    ids = torch.from_numpy(tok.encode(text).astype(np.int64))[None]
+    if not ids.numel() or ids.max() >= model.cfg.vocab:
+        bad("--sample: the text is empty, or has a token that the model does not know")
+    print(text, end="", flush=True)
+    waiting = []
+    for i in generate(model, ids.to(next(model.parameters()).device), cfg):
+        waiting += [i] if i < tok.vocab else []  # a padded head can name tokens that do not exist
+        if not (piece := tok.decode(waiting)).endswith("\ufffd") or len(waiting) > 8:
+            print(piece, end="", flush=True)
+            waiting = []
+    print(tok.decode(waiting), flush=True)
+
+
+# ----- end -----
+
+
+# ----- main (shared) -----
+def main(argv=None):
+    preset, given = parse(argv)
+    names = [f.name for f in fields(Config)]
+    sizes = names[: names.index("preset")]  # the fields that describe the model; the rest describes the run
+    out, source, model, tok, state = given.get("out", preset["out"]), given.get("init"), None, None, None
+    if given.get("resume") or "sample" in given and not source:
+        state, wanted = load_run(out), "resume" if given.get("resume") else "sample"
+        if source or state is None and (wanted == "resume" or not Path(out, "config.json").is_file()):
+            bad(f"--{wanted}: " + ("--init starts another run: one of the two" if source else f"no run in {out}; --out names its folder"))
+        source, preset = out, preset | {k: v for k, v in (state or {}).get("config", {}).items() if k in names} | dict(out=out)
+    if source:
+        model = Model.from_pretrained(source, **{k: given[k] for k in sizes if k in given})
+        tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), model.cfg.vocab)
+        preset |= {k: getattr(model.cfg, k) for k in sizes}
+    cfg = Config(**preset | dict(init="", resume=False, sample="") | given)
+    if "sample" not in given:
+        return train(cfg, given, model, tok, state if cfg.resume else None)
+    if tok is None and not cfg.tok:
+        bad(f"--sample: {source} has no tokenizer; --tok names one")
+    device, _, _ = pick_device(cfg)
+    show(cfg, model.to(device), tok or Tokenizer(cfg.tok), cfg.sample)
+
+
+if __name__ == "__main__":
+    main()
+# ----- end -----
