@@ -414,7 +414,7 @@ class Tokenizer:
                 self.vocab, self.decode = hf.get_vocab_size(), hf.decode
                 self.encode = lambda text: np.array(hf.encode(text, add_special_tokens=False).ids, np.int64)
             elif Path(kind).is_file():  # RWKV: each line is an id, the token as a Python literal, and its length
-                lines = [re.fullmatch(r"(\d+) (.+) \d+", s).groups() for s in open(kind, encoding="utf-8")]
+                lines = [re.match(r"(\d+) (.+) \d+$", s).groups() for s in open(kind, encoding="utf-8")]
                 words = {int(i): w if isinstance(w := ast.literal_eval(s), bytes) else w.encode() for i, s in lines}
                 self.vocab, self.ids = 1 << max(words).bit_length(), {w: i for i, w in words.items()}
                 self.encode = self.longest
@@ -498,7 +498,7 @@ class PlainPickle(pickle.Unpickler):
 def prepared(cfg, given, tok):
     """The folder of a set in data/, made by data/<name>.py the first time. Without a network stdlib stands in for the default."""
     script = Path(__file__).parent / "data" / f"{cfg.data}.py"
-    kind = cfg.tok or re.search(r'^TOK = "(\w+)"', script.read_text(), re.M).group(1)
+    kind = cfg.tok or re.search(r'^NAME, TOK = "\w+", "(\w+)"', script.read_text(), re.M).group(1)
     folder = script.with_suffix("") / kind
     if not (folder / "meta.json").is_file():
         r = subprocess.run([sys.executable, script, "--tok", kind], stderr=subprocess.PIPE, text=True)

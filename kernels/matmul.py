@@ -1,0 +1,287 @@
+"""
+Matrix products in kernels of ours: a tiled GEMM, and the linear layer y = act(x w^T + b) forward and backward
+
+    matmul(a, b)              a b                   a (..., K), b (K, N) -> (..., N)
+    linear(x, w, b, act)      act(x w^T + b)        x (..., K), w (N, K), b (N,) or None -> (..., N); act None or "gelu"
+    gelu(z) = z s(2u),   u = sqrt(2/pi) (z + 0.044715 z^3)       s the logistic function; equal to 0.5 z (1 + tanh u)
+
+Backward, with dz = dy gelu'(z) (dz = dy without act):   dx = dz w,   dw = dz^T x,   db = sum over rows of dz.
+
+Which form runs: the vendor's GEMM (F.linear, torch.matmul), on a GPU too, unless KERNELS=triton asks for the kernels
+here. They were never timed against cuBLAS on a GPU, and it is hard to beat; what they give is a GPT-2 whose every
+FLOP runs in this folder.
+
+The tensors of a call share a dtype, fp32, bf16 or fp16; sums run in fp32 (products of fp32 are exact fp32, not TF32),
+results are stored in that dtype. Any strides: a transposed operand is read where it lies. Under autocast x, w and b
+are cast to the autocast dtype as F.linear does, and gradients come back in the parameters' dtype. Shapes that do not
+fit raise ValueError, mixed dtypes TypeError.
+
+One GEMM kernel serves the three products: strides do the transposing. Tiles BM x BN x BK come from `tile`; programs
+run in groups of 8 row blocks, so that those in flight share operands in L2. A product with few tiles and a long K
+(dw) is cut along K into slices that write fp32 partial results, added in a fixed order: no atomics, results repeat
+bit for bit.
+
+FLOPs: 2 M N K a product, three products a training step (torch.utils.flop_counter sees them).
+Bytes issued are the floor of a tiled product, a once per column block, b once per row block, c once:
+    size (ceil(N / BN) M K + ceil(M / BM) N K + M N)
+From device memory they are nearer size (M K + N K + M N), L2 serving the re-reads.
+Saved for backward: x, w and, with gelu, z in x's dtype. To write and read z costs 4 bytes an element in bf16 (8 ps on
+an RTX 4070, 504 GB/s), to recompute it 2 K FLOPs (26 ps at K = 768, 58 TFLOP/s): so it is saved, and not even written
+where no gradient is wanted. gelu' and db take one pass over dy.
+
+GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415. Grouped order of tiles: Tillet, Kung & Cox 2019 (Triton).
+"""
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+# ----- dispatch (shared) -----
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on this machine: the plain-PyTorch form serves
+    triton = tl = None
+
+KERNELS = os.environ.get("KERNELS", "")  # ref | torch | triton forces one form; empty: the device decides
+
+
+def form(x):
+    """Which form of the op serves tensor x: "ref", "torch" or "triton"."""
+    if KERNELS == "triton" and triton is None:
+        raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
+    return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+# ----- end -----
+
+
+def matmul_ref(a, b):
+    """c_ij = sum_k a_ik b_kj. a (..., K), b (K, N) -> (..., N), summed in at least fp32, returned in a's dtype."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return torch.einsum("...k,kn->...n", a.to(wide), b.to(wide)).to(a.dtype)
+
+
+def linear_ref(x, w, b=None, act=None):
+    """act(x w^T + b). x (..., K), w (N, K), b (N,) -> (..., N), computed in at least fp32, returned in x's dtype."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    z = torch.einsum("...k,nk->...n", x.to(wide), w.to(wide))
+    if b is not None:
+        z = z + b.to(wide)
+    if act == "gelu":
+        z = 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    return z.to(x.dtype)
+
+
+if triton is not None:
+
+    @triton.jit
+    def gelu_parts(z):
+        """s(2u), and the derivative of 2u: gelu and gelu' follow from them."""
+        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))  # 2 sqrt(2/pi)
+        return s, 1.5957691216057308 * (1 + 0.134145 * z * z)  # 0.134145 = 3 * 0.044715
+
+    @triton.jit
+    def gemm_kernel(A, B, Bias, C, Z, M, N, K, slice_k, stride_am, stride_ak, stride_bk, stride_bn,
+                    GELU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+        """Z = A B + Bias (if wanted), C = act(Z), row-major. Program (tile, s) sums the s-th slice_k of k into C[s]."""
+        # tiles in groups of 8 row blocks, down the rows first: few blocks of A and of B are live at a time
+        pid, n_m, n_n = tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN)
+        first_m = pid // (8 * n_n) * 8
+        rows = min(n_m - first_m, 8)
+        i_m = first_m + pid % (8 * n_n) % rows
+        i_n = pid % (8 * n_n) // rows
+        i_s = tl.program_id(1)
+        o_m = i_m.to(tl.int64) * BM + tl.arange(0, BM)  # int64: row * stride can pass 2^31
+        o_n = i_n.to(tl.int64) * BN + tl.arange(0, BN)
+        m_m, m_n = o_m < M, o_n < N
+        o_k = tl.arange(0, BK)
+        left = min(K - i_s * slice_k, slice_k)  # k's of this slice
+        start = i_s.to(tl.int64) * slice_k + o_k
+        p_a = A + o_m[:, None] * stride_am + start[None, :] * stride_ak  # [BM, BK]
+        p_b = B + start[:, None] * stride_bk + o_n[None, :] * stride_bn  # [BK, BN]
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, tl.cdiv(left, BK)):
+            m_k = o_k < left - k * BK
+            b_a = tl.load(p_a, mask=m_m[:, None] & m_k[None, :], other=0.0)
+            b_b = tl.load(p_b, mask=m_k[:, None] & m_n[None, :], other=0.0)
+            acc = tl.dot(b_a, b_b, acc, input_precision="ieee")  # matters for fp32 only: no TF32, torch's default too
+            p_a += BK * stride_ak
+            p_b += BK * stride_bk
+        if Bias is not None:
+            acc += tl.load(Bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+        o_c = o_m[:, None] * N + o_n[None, :]
+        m_c = m_m[:, None] & m_n[None, :]
+        if Z is not None:
+            tl.store(Z + o_c, acc, mask=m_c)
+        if GELU:
+            s, _ = gelu_parts(acc)
+            acc = acc * s
+        tl.store(C + i_s.to(tl.int64) * M * N + o_c, acc, mask=m_c)
+
+    def tile(M, N, dtype):
+        """BM, BN, BK, warps, stages: wide tiles where 64 of them keep a GPU busy, small ones elsewhere, thin ones for
+        the few rows of generation. fp32 goes without tensor cores, all of it in registers: 64 x 64 at most."""
+        if M <= 16:
+            return (16, 64, 32, 4, 3) if dtype == torch.float32 else (16, 64, 64, 4, 4)
+        if dtype == torch.float32:
+            return 64, 64, 16, 4, 3
+        if triton.cdiv(M, 128) * triton.cdiv(N, 128) >= 64:
+            return 128, 128, 32, 8, 3
+        return 64, 64, 32, 4, 4
+
+    def gemm(a, b, bias=None, gelu=False, save=False):
+        """act(a b + bias), and a b + bias if save or None. a (M, K), b (K, N) of any strides -> (M, N) in a's dtype."""
+        (M, K), N = a.shape, b.shape[1]
+        BM, BN, BK, warps, stages = tile(M, N, a.dtype)
+        tiles = triton.cdiv(M, BM) * triton.cdiv(N, BN)
+        # cut K while there are at most 128 programs and a slice has 512 k's or more: by shapes alone, so results repeat
+        slices = 1 if bias is not None or gelu else max(1, min(128 // max(tiles, 1), K // 512))
+        slice_k = triton.cdiv(triton.cdiv(K, slices), BK) * BK
+        slices = triton.cdiv(K, slice_k) if K else 1
+        c = torch.empty((slices, M, N), dtype=a.dtype if slices == 1 else torch.float32, device=a.device)
+        z = torch.empty((M, N), dtype=a.dtype, device=a.device) if save else None
+        if M * N:
+            gemm_kernel[(tiles, slices)](a, b, bias, c, z, M, N, K, slice_k, *a.stride(), *b.stride(), GELU=gelu,
+                                         BM=BM, BN=BN, BK=BK, num_warps=warps, num_stages=stages)
+        return (c[0] if slices == 1 else c.sum(0).to(a.dtype)), z
+
+    # dz = dy gelu'(z),   gelu'(z) = s + z s (1 - s) (2u)'
+    # db = sum over rows of dz: each program sums one slice of the rows, PyTorch adds the slices
+    @triton.jit
+    def bias_act_bwd_kernel(DY, Z, DZ, DB, M, N, stride_m, stride_n, slice_m, BM: tl.constexpr, BN: tl.constexpr):
+        i_s = tl.program_id(1)
+        o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+        m_n = o_n < N
+        end = min(M, (i_s + 1) * slice_m)
+        db = tl.zeros((BM, BN), tl.float32)
+        for start in range(i_s * slice_m, end, BM):
+            o_m = start + tl.arange(0, BM).to(tl.int64)
+            mask = (o_m < end)[:, None] & m_n[None, :]
+            p_dy = DY + o_m[:, None] * stride_m + o_n[None, :] * stride_n
+            dz = tl.load(p_dy, mask=mask, other=0.0).to(tl.float32)  # [BM, BN]
+            if Z is not None:
+                o_z = o_m[:, None] * N + o_n[None, :]
+                z = tl.load(Z + o_z, mask=mask, other=0.0).to(tl.float32)
+                s, slope = gelu_parts(z)
+                dz = dz * (s + z * s * (1 - s) * slope)
+                tl.store(DZ + o_z, dz, mask=mask)
+            db += dz
+        tl.store(DB + i_s.to(tl.int64) * N + o_n, tl.sum(db, 0), mask=m_n)
+
+    @torch.library.custom_op("kernels::matmul", mutates_args=())
+    def matmul_op(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return gemm(a, b)[0]
+
+    @torch.library.custom_op("kernels::linear", mutates_args=())
+    def linear_op(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None,
+                  gelu: bool, save: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        y, z = gemm(x, w.t(), None if b is None else b.contiguous(), gelu, save)
+        return y, x.new_empty(0) if z is None else z
+
+    @torch.library.custom_op("kernels::bias_act_grad", mutates_args=())
+    def bias_act_grad_op(dy: torch.Tensor, z: torch.Tensor, gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        (M, N), BM, BN = dy.shape, 16, 128
+        slices = max(1, min(64, M // 128))  # partial sums, written and read: 3% of dy's bytes in bf16
+        slice_m = max(1, triton.cdiv(M, slices))
+        dz = torch.empty((M, N) if gelu else 0, dtype=dy.dtype, device=dy.device)
+        db = torch.empty((slices, N), dtype=torch.float32, device=dy.device)
+        if N:
+            bias_act_bwd_kernel[(triton.cdiv(N, BN), slices)](dy, z if gelu else None, dz, db, M, N, *dy.stride(),
+                                                              slice_m, BM=BM, BN=BN)
+        return dz, db.sum(0).to(dy.dtype)
+
+    def matmul_setup(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    def matmul_backward(ctx, dc):
+        a, b = ctx.saved_tensors
+        need_a, need_b = ctx.needs_input_grad
+        return matmul_op(dc, b.t()) if need_a else None, matmul_op(a.t(), dc) if need_b else None
+
+    def linear_setup(ctx, inputs, output):
+        x, w, _, ctx.gelu, save = inputs
+        assert save or not ctx.gelu, "kernels::linear needs save=True where gradients are wanted"
+        ctx.save_for_backward(x, w, output[1])
+        ctx.set_materialize_grads(False)  # no zeros for z's gradient
+
+    def linear_backward(ctx, dy, _):
+        x, w, z = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        dz, db = dy, None
+        if ctx.gelu or need_b:
+            dz, db = bias_act_grad_op(dy, z, ctx.gelu)
+            dz = dz if ctx.gelu else dy
+        dx = matmul_op(dz, w) if need_x else None
+        dw = matmul_op(dz.t(), x) if need_w else None
+        return dx, dw, db if need_b else None, None, None
+
+    @matmul_op.register_fake
+    def _(a, b):
+        return a.new_empty(a.shape[0], b.shape[1])
+
+    @linear_op.register_fake
+    def _(x, w, b, gelu, save):
+        shape = x.shape[0], w.shape[0]
+        return x.new_empty(shape), x.new_empty(shape if save else 0)
+
+    @bias_act_grad_op.register_fake
+    def _(dy, z, gelu):
+        return dy.new_empty(dy.shape if gelu else 0), dy.new_empty(dy.shape[1])
+
+    matmul_op.register_autograd(matmul_backward, setup_context=matmul_setup)
+    linear_op.register_autograd(linear_backward, setup_context=linear_setup)
+
+    @register_flop_formula(torch.ops.kernels.matmul)
+    def matmul_flops(a, b, **_):
+        return 2 * a[0] * a[1] * b[1]
+
+    @register_flop_formula(torch.ops.kernels.linear)
+    def linear_flops(x, w, *_, **__):
+        return 2 * x[0] * x[1] * w[0]
+
+
+def operands(*tensors):
+    """The tensors (or None) in the one dtype of the product: the autocast dtype where autocast is on."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    dtypes = {t.dtype for t in tensors if t is not None}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        raise TypeError(f"the Triton form takes one dtype out of fp32, bf16, fp16; got {sorted(map(str, dtypes))}")
+    return tensors
+
+
+def matmul(a, b):
+    """a b. a (..., K), b (K, N) -> (..., N), one dtype. The vendor's GEMM; ours where KERNELS=triton."""
+    if b.ndim != 2 or a.shape[-1] != b.shape[0]:
+        raise ValueError(f"matmul: a {tuple(a.shape)} and b {tuple(b.shape)} should be (..., K) and (K, N)")
+    kind = form(a) if KERNELS else "torch"
+    if kind == "ref":
+        return matmul_ref(a, b)
+    if kind == "torch":
+        return torch.matmul(a, b)
+    a, b = operands(a, b)
+    return matmul_op(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]), b).view(*a.shape[:-1], b.shape[1])
+
+
+def linear(x, w, b=None, act=None):
+    """act(x w^T + b). x (..., K), w (N, K), b (N,) or None, act None or "gelu" (tanh form) -> (..., N).
+
+    The vendor's GEMM (F.linear); ours where KERNELS=triton: see the top of the file."""
+    if act not in (None, "gelu"):
+        raise ValueError(f'linear: act is None or "gelu", got {act!r}')
+    if w.ndim != 2 or x.shape[-1] != w.shape[1] or (b is not None and b.shape != w.shape[:1]):
+        shapes = [None if t is None else tuple(t.shape) for t in (x, w, b)]
+        raise ValueError("linear: x {}, w {} and b {} should be (..., K), (N, K) and (N,)".format(*shapes))
+    kind = form(x) if KERNELS else "torch"
+    if kind == "ref":
+        return linear_ref(x, w, b, act)
+    if kind == "torch":
+        z = F.linear(x, w, b)
+        return F.gelu(z, approximate="tanh") if act else z
+    x, w, b = operands(x, w, b)
+    save = act == "gelu" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b))
+    y, _ = linear_op(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), w, b, act == "gelu", save)
+    return y.view(*x.shape[:-1], w.shape[0])

@@ -1,0 +1,16 @@
+"""Read by pytest before any test: the process that runs the tests is Triton's interpreter (see kernelcheck.py)."""
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: it is read when a kernel is defined
+PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
+if PARALLEL:  # workers share the cores: one thread each
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(HERE), HERE]
+
+import torch  # noqa: E402
+
+if PARALLEL:
+    torch.set_num_threads(1)

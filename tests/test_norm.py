@@ -1,0 +1,165 @@
+"""kernels/norm.py: numerics, traffic and machine code of the kernels (kernelcheck.py), and how they sit in PyTorch."""
+import kernelcheck as K
+import pytest
+import torch
+
+from kernels import norm
+
+
+def add_layer_norm_ref(x, r, w, b=None, eps=1e-5):
+    return norm.layer_norm_ref(x + r, w, b, eps), x + r
+
+
+def add_rms_norm_ref(x, r, w, eps=1e-6):
+    return norm.rms_norm_ref(x + r, w, eps), x + r
+
+
+OPS = {  # name: op, definition, which of (x, r, w, b) it takes
+    "layer_norm": (norm.layer_norm, norm.layer_norm_ref, "xwb"),
+    "layer_norm without bias": (norm.layer_norm, norm.layer_norm_ref, "xw"),
+    "rms_norm": (norm.rms_norm, norm.rms_norm_ref, "xw"),
+    "add_layer_norm": (norm.add_layer_norm, add_layer_norm_ref, "xrwb"),
+    "add_rms_norm": (norm.add_rms_norm, add_rms_norm_ref, "xrw"),
+}
+SHAPES = [(1, 3), (2, 3, 33), (67, 64), (40, 257), (2, 768), (1, 4099)]
+
+
+def inputs(which, shape, dtype=torch.float64):
+    torch.manual_seed(0)
+    return tuple(torch.randn(shape if n in "xr" else shape[-1], dtype=dtype).requires_grad_() for n in which)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_numerics(name):
+    op, ref, which = OPS[name]
+    cases = [inputs(which, shape) for shape in SHAPES]
+    x = torch.randn(33, 6, dtype=torch.float64).t().requires_grad_()  # (6, 33), not contiguous
+    K.check_numerics(op, ref, cases + [(x, *inputs(which, (6, 33))[1:])])
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_large_mean_and_one_column(name):
+    op, ref, which = OPS[name]
+    x, *rest = inputs(which, (5, 48))
+    far = (x.detach() + 300).requires_grad_()
+    K.check_numerics(op, ref, [(far, *rest)], dtypes=(torch.float32,), tol=1e-4)  # x - mean(x) itself loses 2 digits
+    K.check_numerics(op, ref, [inputs(which, (3, 1))], floor=0.1)  # C = 1: n is 0 or +-1 and dx cancels to 0
+
+
+def traffic_case(op, which, args):
+    x, weights = args[0], [t for n, t in zip(which, args) if n in "wb"]
+    added = "r" in which
+    stats = 4 * (2 if op in (norm.layer_norm, norm.add_layer_norm) else 1) * x.shape[0]
+    dy = torch.randn(x.shape, dtype=x.dtype)
+    forward = lambda: op(*args)
+    backward = lambda out: torch.autograd.grad(out, args, (dy, dy) if added else dy)
+    forward_floor = K.nbytes(*args, x) + (K.nbytes(x) if added else 0) + stats  # + y, s
+    # dy, x, dx, w; dw, db; ds
+    backward_floor = K.nbytes(dy, x, x, weights[0]) + K.nbytes(*weights) + (K.nbytes(dy) if added else 0) + stats
+    return forward, backward, forward_floor, backward_floor
+
+
+# few rows: what does not grow with them (w again for each program, the partial sums of dw) weighs most
+@pytest.mark.parametrize("name, w_dtype", [("layer_norm", torch.bfloat16), ("add_rms_norm", torch.float32)])
+def test_traffic(name, w_dtype):
+    op, _, which = OPS[name]
+    args = [t.detach().to(w_dtype if n in "wb" else torch.bfloat16).requires_grad_()
+            for n, t in zip(which, inputs(which, (1024, 768)))]
+    forward, backward, forward_floor, backward_floor = traffic_case(op, which, args)
+    out = []
+    print(name, w_dtype, K.check_traffic(lambda: out.append(forward()), forward_floor, 1.1),
+          K.check_traffic(lambda: backward(out[0]), backward_floor, 1.1))
+
+
+def bench_cases():
+    cases = []
+    for name, (op, _, which) in OPS.items():
+        args = [t.detach().bfloat16().requires_grad_() for t in inputs(which, (1024, 768))]
+        cases.append((f"{name} (1024, 768)", *traffic_case(op, which, args)))
+    return cases
+
+
+def launches():
+    """Narrow, usual and the widest rows; the kernels with every pointer (add_layer_norm) need the most registers."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for name, C, dtype, w_dtype in (("add_rms_norm", 64, bf16, bf16), ("layer_norm", 768, bf16, fp32),
+                                    ("add_layer_norm", 8192, bf16, bf16), ("add_layer_norm", 768, fp16, fp16),
+                                    ("layer_norm", 2000, fp32, fp32), ("add_layer_norm", 8192, fp32, fp32)):
+        op, _, which = OPS[name]
+        args = [torch.empty((256, C) if n in "xr" else C, dtype=w_dtype if n in "wb" else dtype, requires_grad=True)
+                for n in which]
+        out = op(*args)
+        torch.autograd.grad(out, args, tuple(torch.empty_like(t) for t in out) if "r" in which else out)
+
+
+def test_compiles():
+    K.check_compiles("test_norm", "launches")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_torch_form(name):
+    """The CPU's form equals the definition, also for 16-bit x beside fp32 weights; torch.compile takes it whole."""
+    op, ref, which = OPS[name]
+    for dtype, w_dtype, tol in ((torch.float64, torch.float64, 1e-12), (torch.float32, torch.float32, 1e-5),
+                                (torch.bfloat16, torch.float32, 1e-2), (torch.bfloat16, torch.bfloat16, 2e-2)):
+        args = [t.detach().to(w_dtype if n in "wb" else dtype).requires_grad_()
+                for n, t in zip(which, inputs(which, (4, 40)))]
+        results = []
+        for f in (op, torch.compile(op, fullgraph=True, backend="aot_eager"), ref):
+            out = f(*args)
+            out = out if "r" in which else (out,)
+            results.append([*out, *torch.autograd.grad(out, args, [*map(torch.ones_like, out)])])
+        for got in results[:2]:
+            for a, b in zip(got, results[2]):
+                assert a.dtype == b.dtype
+                torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+
+
+@pytest.fixture
+def triton_form(monkeypatch):
+    monkeypatch.setattr(norm, "KERNELS", "triton")
+
+
+def test_registration(triton_form):
+    """opcheck; one graph under torch.compile; meta and fake CUDA tensors; activation checkpointing; autocast."""
+    x, r, w, b = inputs("xrwb", (5, 24), torch.float32)
+    for args in ((x, r, w, b, 1e-5, True), (x, None, w, None, 1e-6, False)):
+        torch.library.opcheck(norm.norm_op, args)
+
+    def step(x, r, w, b):
+        y, s = norm.add_layer_norm(x, r, w, b)
+        return norm.rms_norm(y, w) * s
+
+    want = torch.autograd.grad(step(x, r, w, b).sum(), (x, r, w, b))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    checkpointed = lambda *a: torch.utils.checkpoint.checkpoint(step, *a, use_reentrant=False)
+    for f in (compiled, checkpointed):
+        for got, expected in zip(torch.autograd.grad(f(x, r, w, b).sum(), (x, r, w, b)), want):
+            torch.testing.assert_close(got, expected)
+    meta = [t.detach().to("meta").requires_grad_() for t in (x, r, w, b)]
+    assert [g.shape for g in torch.autograd.grad(step(*meta).sum(), meta)] == [t.shape for t in meta]
+    with torch._subclasses.FakeTensorMode():  # forward only: PyTorch without CUDA has no autograd for its tensors
+        fake = torch.empty(2, 8, 24, device="cuda", dtype=torch.bfloat16)
+        y, s = norm.add_layer_norm(fake, fake, torch.empty(24, device="cuda"))
+        assert y.shape == s.shape == fake.shape and y.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm.layer_norm(x, w, b).dtype == torch.float32
+
+
+def test_edges(triton_form):
+    """Results repeat; an unused output costs nothing; mixed dtypes promote; no rows; what does not fit is refused."""
+    x, r, w, b = inputs("xrwb", (70, 40), torch.float32)
+    run = lambda: torch.autograd.grad(norm.layer_norm(x, w, b).sum(), (x, w, b))
+    assert all(torch.equal(p, q) for p, q in zip(run(), run()))
+    y, s = norm.add_rms_norm(x, r, w)
+    for out, which in ((y, "y"), (s, "s")):  # only one of the two is used
+        got = torch.autograd.grad(out.sum(), (x, r), retain_graph=True)
+        want = torch.autograd.grad(add_rms_norm_ref(x, r, w)[which == "s"].sum(), (x, r))
+        torch.testing.assert_close(got, want)
+    y, s = norm.add_rms_norm(x, r.bfloat16(), w)  # as under autocast: fp32 stream, bf16 branch
+    assert y.dtype == s.dtype == torch.float32 and torch.autograd.grad(y.sum() + s.sum(), r)[0].dtype == torch.float32
+    assert norm.layer_norm(x[:0], w, b).shape == (0, 40)
+    with pytest.raises(ValueError, match="at most 8192"):
+        norm.rms_norm(torch.empty(1, 8193), torch.empty(8193))
+    with pytest.raises(ValueError, match=r"shapes \[\(70, 40\), \(39,\)\]"):
+        norm.rms_norm(x, w[1:])
