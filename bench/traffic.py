@@ -15,7 +15,7 @@ import os
 import sys
 
 if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"  # this process counts; the one that imports this file to compile must not interpret
+    os.environ["TRITON_INTERPRET"] = "1"  # this process counts; the one that imports this file compiles
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
@@ -24,11 +24,12 @@ import kernelcheck as K  # noqa: E402
 BANDWIDTH = 504e9  # an RTX 4070, bytes/s
 FLOPS = {"fp32": 29e12, "fp16": 58e12, "bf16": 58e12, "int8": 117e12}  # and FLOP/s of tl.dot (fp32, int32 accumulation)
 LEGEND = """\
-Bytes as issued by the kernels and by PyTorch around them; in brackets each address once per launch, as a perfect cache would have it.
-Floor: each input read once, each output written once. FLOPs: of tl.dot. Registers, shared memory, spills, occupancy: sm_89, the worst launch.
-Roofline: the least time on an RTX 4070, from the bytes in brackets at 504 GB/s or the FLOPs at 58 TFLOP/s (fp32: 29). No latency, no launch
-cost, no other arithmetic; nothing was timed."""
-HEAD = ("op", "pass", "bytes / floor", "of floor (MB)", "FLOPs (M)", "launches", "registers", "smem", "spills", "occupancy", "roofline")
+Bytes: as the kernels, and PyTorch around them, ask for; in brackets each address once per launch (a perfect cache).
+Floor: each input read once, each output written once. FLOPs: of tl.dot. Registers, shared memory, spills, occupancy:
+the worst launch on sm_89. Roofline: the least time on an RTX 4070, of the bytes in brackets at 504 GB/s or the FLOPs at
+58 TFLOP/s (fp32: 29); no latency, no launch cost, no other arithmetic. Nothing was timed."""
+HEAD = ("op", "pass", "bytes / floor", "floor (MB)", "FLOPs (M)", "launches", "registers", "smem", "spills",
+        "occupancy", "roofline")
 
 
 def bench_cases(op):
@@ -50,10 +51,12 @@ def row(name, which, t, floor, machine):
     """One line of the table, from the counters of a pass and the machine code of its launches."""
     assert not t.faults, t.faults
     assert machine and not any("error" in m for m in machine), machine
-    seconds, bound = max((t.once / BANDWIDTH, "memory"), (sum(n / FLOPS[kind] for kind, n in t.flops.items()), "tl.dot"))
+    by_dot = sum(n / FLOPS[kind] for kind, n in t.flops.items())
+    seconds, bound = max((t.once / BANDWIDTH, "memory"), (by_dot, "tl.dot"))
     worst = lambda key, pick=max: pick(m[key] for m in machine)
-    return (name, which, f"{t.bytes / floor:.2f} ({t.once / floor:.2f})", f"{floor / 1e6:.2f}", f"{sum(t.flops.values()) / 1e6:.0f}",
-            len(t.kernels), worst("regs"), worst("smem"), worst("spills"), f"{worst('occupancy', min):.0%}", f"{seconds * 1e6:.1f} us, {bound}")
+    return (name, which, f"{t.bytes / floor:.2f} ({t.once / floor:.2f})", f"{floor / 1e6:.2f}",
+            f"{sum(t.flops.values()) / 1e6:.0f}", len(t.kernels), worst("regs"), worst("smem"), worst("spills"),
+            f"{worst('occupancy', min):.0%}", f"{seconds * 1e6:.1f} us, {bound}")
 
 
 def rows(op):

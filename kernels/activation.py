@@ -252,7 +252,7 @@ def bias_gelu(x, b):
 def swiglu(gate, up):
     """silu(gate) up: two tensors of one shape and dtype."""
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"swiglu: gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype} should be alike")
+        raise ValueError(f"swiglu: gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype} differ")
     which = form(gate)
     if which == "ref":
         return swiglu_ref(gate, up)

@@ -109,7 +109,7 @@ def adamw8bit_ref(p, g, m, m_scale, v, v_scale, step, **hyper):
 @functools.lru_cache
 def tables(signed, device):
     """Quantising without a search: a float's upper 16 bits name a cell that at most one boundary of the map crosses.
-    -> the map (256,), and for each of the 2^16 cells the code at its lower end (uint8) and the boundary above that (fp32)."""
+    -> the map (256,), and for each of the 2^16 cells the code at its lower end (uint8), the boundary above (fp32)."""
     values = dynamic_map(signed)
     boundary = ((values[1:].double() + values[:-1]) / 2).float()  # (255,)
     bits = torch.arange(1 << 16)

@@ -1,28 +1,32 @@
 """
-Attention: softmax(scale q k^T) v without the T x T matrix            Dao 2023, FlashAttention-2, arXiv:2307.08691v1, algorithms 1 and 2
+Attention: softmax(scale q k^T) v without the T x T matrix
+    Dao 2023, FlashAttention-2, arXiv:2307.08691v1, algorithms 1 and 2
 
-    s_ij = scale q_i . k_j              (softcap > 0: softcap tanh(s_ij / softcap), as in Gemma 2, arXiv:2408.00118)
-    p_ij = exp(s_ij - lse_i),           lse_i = log sum_j exp(s_ij);   causal: over the keys j <= i + Tk - Tq only
+    s_ij = scale q_i . k_j      softcap > 0: softcap tanh(s_ij / softcap), as in Gemma 2, arXiv:2408.00118
+    p_ij = exp(s_ij - lse_i),   lse_i = log sum_j exp(s_ij);   causal: over the keys j <= i + Tk - Tq only
     o_i  = sum_j p_ij v_j
-    backward                            dv_j = sum_i p_ij do_i,   dp_ij = do_i . v_j,   ds_ij = p_ij (dp_ij - delta_i),   delta_i = do_i . o_i
-                                        dq_i = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i
+    backward                    dv_j = sum_i p_ij do_i,   ds_ij = p_ij (do_i . v_j - delta_i),   delta_i = do_i . o_i
+                                dq_i = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i
 
-Shapes: q (B, H, Tq, D), k, v (B, Hkv, Tk, D) -> o (B, H, Tq, D), all of one dtype: fp32, bf16 or fp16. H % Hkv == 0 (GQA): query head h reads
-head h // (H / Hkv) of k and v. Any strides: the kernels read views of one packed (B, T, 3, H, D) tensor in place (a last dimension that is not
-contiguous is copied). o is a view of a contiguous (B, Tq, H, D), so that o.transpose(1, 2).reshape(B, Tq, H * D) is free. D <= 128 in the
-kernels, padded to a power of 2 with zeros on the chip. Softmax and all sums are fp32; p and ds are rounded to the inputs' dtype to be
-multiplied. Under autocast the inputs are cast as torch.nn.functional.scaled_dot_product_attention casts them.
+Shapes: q (B, H, Tq, D), k, v (B, Hkv, Tk, D) -> o (B, H, Tq, D), all of one dtype: fp32, bf16 or fp16. H % Hkv == 0
+(GQA): query head h reads head h // (H / Hkv) of k and v. Any strides: the kernels read views of one packed
+(B, T, 3, H, D) tensor in place (copied: a last dimension that is not contiguous, and D not a multiple of 16). o is a
+view of a contiguous (B, Tq, H, D), so that o.transpose(1, 2).reshape(B, Tq, H * D) is free. D <= 128 in the kernels, padded
+to a power of 2 on the chip. Softmax and all sums are fp32; p and ds are rounded to the inputs' dtype to be multiplied.
+Under autocast the inputs are cast as torch.nn.functional.scaled_dot_product_attention casts them.
 
-Saved for backward: q, k, v, o and lse, (B, H, Tq) fp32, in base 2. p is recomputed, once in each of the two backward kernels: one owns a block of
-queries (dq, and delta), one a block of keys (dk, dv; it sums over the query heads of its group). No atomics: results repeat bit for bit.
+Saved for backward: q, k, v, o and lse, (B, H, Tq) fp32, in base 2. p is recomputed, once in each of the two backward
+kernels: one owns a block of queries (dq, and delta), one a block of keys (dk and dv, summed over the query heads of its
+group). No atomics: results repeat bit for bit.
 
-Bytes and FLOPs of a query head, a block being BM queries (forward, dq) or BN keys (dkv), e the bytes of an element:
-    forward   e D (2 Tq + 2 sum over blocks of the keys they see) + 4 Tq           4 D FLOPs for each pair (query, key) seen
-    dq        e D (4 Tq + 2 sum over blocks of the keys they see) + 8 Tq           6 D
-    dkv       e D (4 Tk / G + 2 sum over blocks of the queries that see them) + 8 sum of these       8 D         G = H / Hkv
-Blocks above the causal diagonal are neither read nor multiplied: for long T half of both. The floor, each tensor once, is what device memory moves as
-long as a head's k and v fit the L2 cache; 2 D BM / e FLOPs a byte beyond it make all three kernels bound by the tensor cores.
-Decoding (Tq = 1) is bound by reading k and v, with one program per head: long contexts at small B * H leave multiprocessors idle.
+Bytes and FLOPs of one query head. A block: BM queries (fwd, dq) or BN keys (dkv); e: bytes of an element; G = H / Hkv:
+    fwd    e D (2 Tq + 2 sum over blocks of the keys they see) + 4 Tq                  4 D FLOPs for each pair
+    dq     e D (4 Tq + 2 sum over blocks of the keys they see) + 8 Tq                  6 D
+    dkv    e D (4 Tk / G + 2 sum over blocks of the queries that see them) + 8 that    8 D
+Blocks above the causal diagonal are neither read nor multiplied: for long T half of both. Device memory moves each
+tensor about once while a head's k and v stay in the L2 cache; the tensor cores are then the limit, at BM or BN FLOPs
+for each byte read in 16 bits. Decoding (Tq = 1) is limited by reading k and v, with one program a head: long contexts at
+small B H leave multiprocessors idle.
 """
 import os
 
@@ -80,18 +84,19 @@ if triton is not None:
 
     @triton.jit
     def keys_seen(i_m, Tq, Tk, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-        """Keys [0, whole) are whole blocks that every query of block i_m sees; [whole, end) need a mask; no query sees those from end on."""
+        """Keys [0, whole): whole blocks that all queries of block i_m see; [whole, end): masked; the rest: unseen."""
         if CAUSAL:
             return (i_m * BM + Tk - Tq + 1) // BN * BN, tl.minimum(i_m * BM + BM + Tk - Tq, Tk)
         else:
             return Tk // BN * BN, Tk
 
-    # Strides come as tuples (batch, head, time, 1). Programs are numbered so that those of one head, which share k and v, run together;
-    # under a causal mask the longest of them start first.
+    # Strides come as tuples (batch, head, time, 1). Programs are numbered so that those of one head, which share k and
+    # v, run together; under a causal mask the longest of them start first.
 
     @triton.jit
-    def attention_fwd_kernel(q, k, v, o, lse, sq, sk, sv, so, H, G, Tq, Tk, scale, CAP: tl.constexpr, CAUSAL: tl.constexpr,
-                             D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    def attention_fwd_kernel(q, k, v, o, lse, sq, sk, sv, so, H, G, Tq, Tk, scale,
+                             CAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+                             BM: tl.constexpr, BN: tl.constexpr):
         n_m = tl.cdiv(Tq, BM)
         i_m = n_m - 1 - tl.program_id(0) % n_m
         i_bh = (tl.program_id(0) // n_m).to(tl.int64)  # int64: so is every offset of more than a block
@@ -102,6 +107,7 @@ if triton is not None:
         o += i_b * so[0] + i_h * so[1]
         o_m, o_n, o_d = i_m * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)[None, :]
         m_m, m_d = o_m < Tq, o_d < D
+        o_k, o_v = o_n[:, None] * sk[2] + o_d, o_n[:, None] * sv[2] + o_d
         b_q = tl.load(q + o_m.to(tl.int64)[:, None] * sq[2] + o_d, mask=m_m[:, None] & m_d, other=0.0)  # [BM, BD]
 
         b_o = tl.zeros([BM, BD], tl.float32)  # sum of p v, with p = exp2(s - max) so far
@@ -112,15 +118,17 @@ if triton is not None:
             for n in range(whole if MASKED else 0, end if MASKED else whole, BN):
                 m_n = n + o_n < Tk
                 m_kv = m_n[:, None] & m_d if MASKED else m_d
-                b_k = tl.load(k + n.to(tl.int64) * sk[2] + (o_n[:, None] * sk[2] + o_d), mask=m_kv, other=0.0)  # [BN, BD]
-                b_v = tl.load(v + n.to(tl.int64) * sv[2] + (o_n[:, None] * sv[2] + o_d), mask=m_kv, other=0.0)  # [BN, BD]
+                n64 = tl.cast(n, tl.int64)
+                b_k = tl.load(k + n64 * sk[2] + o_k, mask=m_kv, other=0.0)  # [BN, BD]
+                b_v = tl.load(v + n64 * sv[2] + o_v, mask=m_kv, other=0.0)  # [BN, BD]
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
                 if CAP > 0:
                     b_s = tanh(b_s * (scale / CAP)) * (CAP * LOG2E)
                 else:
                     b_s *= scale * LOG2E
                 if MASKED:
-                    b_s = tl.where(n + o_n[None, :] <= o_m[:, None] + Tk - Tq if CAUSAL else m_n[None, :], b_s, float("-inf"))
+                    m_s = n + o_n[None, :] <= o_m[:, None] + Tk - Tq if CAUSAL else m_n[None, :]
+                    b_s = tl.where(m_s, b_s, float("-inf"))
                 b_new = tl.maximum(b_max, tl.max(b_s, 1))  # finite: every row sees a key of the first block
                 b_p = tl.exp2(b_s - b_new[:, None])
                 b_shrink = tl.exp2(b_max - b_new)
@@ -130,13 +138,14 @@ if triton is not None:
         tl.store(o + o_m.to(tl.int64)[:, None] * so[2] + o_d, b_o / b_l[:, None], mask=m_m[:, None] & m_d)
         tl.store(lse + i_bh * Tq + o_m, b_max + tl.log2(b_l), mask=m_m)
 
-    # With L = sum_i do_i . o_i:  dL/dp_ij = do_i . v_j = dp_ij, and the softmax's Jacobian p_ij (delta_jl - p_il) gives
-    #   dL/ds_ij = p_ij (dp_ij - sum_l p_il dp_il) = p_ij (dp_ij - do_i . o_i)          the sum over keys became a dot product of a row
+    # With L = sum_i do_i . o_i:  dL/dp_ij = do_i . v_j = dp_ij, and the softmax's Jacobian gives
+    #   dL/ds_ij = p_ij (dp_ij - sum_l p_il dp_il) = p_ij (dp_ij - do_i . o_i)     the sum over keys is a dot product
     # A soft cap multiplies ds_ij by its own derivative, 1 - tanh^2.
 
     @triton.jit
-    def attention_bwd_dq_kernel(q, k, v, o, do, lse, delta, dq, sq, sk, sv, so, H, G, Tq, Tk, scale, CAP: tl.constexpr,
-                                CAUSAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    def attention_bwd_dq_kernel(q, k, v, o, do, lse, delta, dq, sq, sk, sv, so, H, G, Tq, Tk, scale,
+                                CAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+                             BM: tl.constexpr, BN: tl.constexpr):
         """dq and delta of a block of queries; do, o and dq have the strides so."""
         n_m = tl.cdiv(Tq, BM)
         i_m = n_m - 1 - tl.program_id(0) % n_m
@@ -147,10 +156,11 @@ if triton is not None:
         v += i_b * sv[0] + i_h // G * sv[1]
         o_m, o_n, o_d = i_m * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)[None, :]
         m_m, m_d = o_m < Tq, o_d < D
+        o_k, o_v = o_n[:, None] * sk[2] + o_d, o_n[:, None] * sv[2] + o_d
         m_q = m_m[:, None] & m_d
         o_o = i_b * so[0] + i_h * so[1] + o_m.to(tl.int64)[:, None] * so[2] + o_d
         b_do = tl.load(do + o_o, mask=m_q, other=0.0)  # [BM, BD]
-        b_delta = tl.sum(b_do.to(tl.float32) * tl.load(o + o_o, mask=m_q, other=0.0).to(tl.float32), 1)  # [BM]
+        b_delta = tl.sum(b_do.to(tl.float32) * tl.load(o + o_o, mask=m_q, other=0.0).to(tl.float32), 1)
         tl.store(delta + i_bh * Tq + o_m, b_delta, mask=m_m)
         b_lse = tl.load(lse + i_bh * Tq + o_m, mask=m_m, other=float("inf"))  # inf: p = 0 past the end
         b_q = tl.load(q + o_m.to(tl.int64)[:, None] * sq[2] + o_d, mask=m_q, other=0.0)
@@ -161,8 +171,9 @@ if triton is not None:
             for n in range(whole if MASKED else 0, end if MASKED else whole, BN):
                 m_n = n + o_n < Tk
                 m_kv = m_n[:, None] & m_d if MASKED else m_d
-                b_k = tl.load(k + n.to(tl.int64) * sk[2] + (o_n[:, None] * sk[2] + o_d), mask=m_kv, other=0.0)  # [BN, BD]
-                b_v = tl.load(v + n.to(tl.int64) * sv[2] + (o_n[:, None] * sv[2] + o_d), mask=m_kv, other=0.0)  # [BN, BD]
+                n64 = tl.cast(n, tl.int64)
+                b_k = tl.load(k + n64 * sk[2] + o_k, mask=m_kv, other=0.0)  # [BN, BD]
+                b_v = tl.load(v + n64 * sv[2] + o_v, mask=m_kv, other=0.0)  # [BN, BD]
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
                 if CAP > 0:
                     b_tanh = tanh(b_s * (scale / CAP))
@@ -171,7 +182,8 @@ if triton is not None:
                     b_s *= scale * LOG2E
                 b_p = tl.exp2(b_s - b_lse[:, None])
                 if MASKED:
-                    b_p = tl.where(n + o_n[None, :] <= o_m[:, None] + Tk - Tq if CAUSAL else m_n[None, :], b_p, 0.0)
+                    m_s = n + o_n[None, :] <= o_m[:, None] + Tk - Tq if CAUSAL else m_n[None, :]
+                    b_p = tl.where(m_s, b_p, 0.0)
                 b_ds = b_p * (tl.dot(b_do, tl.trans(b_v), input_precision="ieee") - b_delta[:, None])
                 if CAP > 0:
                     b_ds *= 1 - b_tanh * b_tanh
@@ -179,15 +191,17 @@ if triton is not None:
         tl.store(dq + o_o, b_dq * scale, mask=m_q)
 
     @triton.jit
-    def attention_bwd_dkv_kernel(q, k, v, do, lse, delta, dk, dv, sq, sk, sv, so, sdk, Hkv, G, Tq, Tk, scale, CAP: tl.constexpr,
-                                 CAUSAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-        """dk and dv of a block of keys, summed over the G query heads that read it. All products are transposed: keys are rows."""
+    def attention_bwd_dkv_kernel(q, k, v, do, lse, delta, dk, dv, sq, sk, sv, so, sdk, Hkv, G, Tq, Tk, scale,
+                                 CAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+                             BM: tl.constexpr, BN: tl.constexpr):
+        """dk and dv of a block of keys, summed over the G query heads that read it. Keys are the rows of products."""
         n_n = tl.cdiv(Tk, BN)
         i_n = tl.program_id(0) % n_n
         i_bh = (tl.program_id(0) // n_n).to(tl.int64)
         i_b, i_h = i_bh // Hkv, i_bh % Hkv
         o_m, o_n, o_d = tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BD)[None, :]
         m_d = o_d < D
+        o_q, o_do = o_m[:, None] * sq[2] + o_d, o_m[:, None] * so[2] + o_d
         m_kv = (o_n < Tk)[:, None] & m_d
         o_n64 = o_n.to(tl.int64)[:, None]
         b_k = tl.load(k + i_b * sk[0] + i_h * sk[1] + o_n64 * sk[2] + o_d, mask=m_kv, other=0.0)  # [BN, BD]
@@ -207,8 +221,9 @@ if triton is not None:
                 for m in range(whole if WHOLE else start, Tq if WHOLE else whole, BM):
                     m_m = m + o_m < Tq
                     m_q = m_m[:, None] & m_d
-                    b_q = tl.load(p_q + m.to(tl.int64) * sq[2] + (o_m[:, None] * sq[2] + o_d), mask=m_q, other=0.0)  # [BM, BD]
-                    b_do = tl.load(p_do + m.to(tl.int64) * so[2] + (o_m[:, None] * so[2] + o_d), mask=m_q, other=0.0)  # [BM, BD]
+                    m64 = tl.cast(m, tl.int64)
+                    b_q = tl.load(p_q + m64 * sq[2] + o_q, mask=m_q, other=0.0)  # [BM, BD]
+                    b_do = tl.load(p_do + m64 * so[2] + o_do, mask=m_q, other=0.0)  # [BM, BD]
                     b_lse = tl.load(lse + i_row + m + o_m, mask=m_m, other=float("inf"))  # inf: p = 0 past the end
                     b_delta = tl.load(delta + i_row + m + o_m, mask=m_m, other=0.0)
                     b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
@@ -229,10 +244,10 @@ if triton is not None:
         tl.store(dk + o_dk, b_dk * scale, mask=m_kv)
         tl.store(dv + o_dk, b_dv, mask=m_kv)
 
-    # (BM, BN, warps, stages) for 16-bit D <= 64, 16-bit D <= 128, fp32 D <= 64, fp32 D <= 128. None spills on sm_89 (ptxas of Triton 3.7.1).
-    # At D = 128 the blocks that own rows have 128 of them, one stripe of 16 for each of 8 warps: with fewer, Triton gives each warp some columns
-    # of all rows, and p takes a detour through shared memory. fp32 is "ieee", plain FMAs: on sm_89 three tf32 or six bf16
-    # products would be no faster, and they need twice the registers.
+    # (BM, BN, warps, stages) for 16-bit D <= 64, 16-bit D <= 128, fp32 D <= 64, fp32 D <= 128. At D = 32, 64, 80, 128
+    # none spills on sm_89. At 16-bit D > 64 a block owns 128 rows, 16 for each of 8 warps: with fewer, Triton gives a warp
+    # some columns of all rows, and p goes through shared memory. fp32 is "ieee", plain FMAs: on sm_89 three tf32 or six bf16
+    # products would be no faster and need twice the registers.
     TILES = {
         "fwd": ((64, 64, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2)),
         "dq": ((64, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2), (16, 16, 4, 2)),
@@ -264,7 +279,8 @@ if triton is not None:
         o, lse = empty(q), torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
         how = config("fwd", q)
         attention_fwd_kernel[(triton.cdiv(Tq, how["BM"]) * B * H,)](
-            q, k, v, o, lse, q.stride(), k.stride(), v.stride(), o.stride(), H, H // Hkv, Tq, Tk, scale, CAP=softcap, CAUSAL=causal, **how)
+            q, k, v, o, lse, q.stride(), k.stride(), v.stride(), o.stride(), H, H // Hkv, Tq, Tk, scale,
+            CAP=softcap, CAUSAL=causal, **how)
         return o, lse
 
     @attention_op.register_fake
@@ -272,12 +288,13 @@ if triton is not None:
         return empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
     @torch.library.custom_op("kernels::attention_bwd", mutates_args=())
-    def attention_bwd_op(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor, lse: torch.Tensor,
-                         causal: bool, scale: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def attention_bwd_op(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
+                         lse: torch.Tensor, causal: bool, scale: float,
+                         softcap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> dq, dk, dv. The first kernel writes delta, which the second reads."""
         (B, H, Tq, _), (_, Hkv, Tk, _) = q.shape, k.shape
         q, k, v = rows(q, k, v)
-        do, o = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (do, o))  # a copy only where the layout is another
+        do, o = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (do, o))  # a copy only if laid out otherwise
         dq, dk, dv, delta = empty(q), empty(k), empty(v), torch.empty_like(lse)
         strides = (q.stride(), k.stride(), v.stride(), o.stride())
         how = config("dq", q)
@@ -285,7 +302,8 @@ if triton is not None:
             q, k, v, o, do, lse, delta, dq, *strides, H, H // Hkv, Tq, Tk, scale, CAP=softcap, CAUSAL=causal, **how)
         how = config("dkv", q)
         attention_bwd_dkv_kernel[(triton.cdiv(Tk, how["BN"]) * B * Hkv,)](
-            q, k, v, do, lse, delta, dk, dv, *strides, dk.stride(), Hkv, H // Hkv, Tq, Tk, scale, CAP=softcap, CAUSAL=causal, **how)
+            q, k, v, do, lse, delta, dk, dv, *strides, dk.stride(), Hkv, H // Hkv, Tq, Tk, scale,
+            CAP=softcap, CAUSAL=causal, **how)
         return dq, dk, dv
 
     @attention_bwd_op.register_fake
@@ -305,22 +323,27 @@ if triton is not None:
         if torch.is_autocast_enabled(q.device.type):
             q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
         if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype}; expected one of float32, bfloat16, float16 for all")
-        return attention_op(q, k, v, causal, q.shape[3] ** -0.5 if scale is None else scale, float(softcap))[0]
+            raise ValueError(f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype}; expected one of "
+                             "float32, bfloat16, float16 for all")
+        D = q.shape[3]
+        scale = D ** -0.5 if scale is None else float(scale)
+        if D % 16:  # strides that 16 does not divide cost 16-bit loads and spills: zeros fill the heads up
+            q, k, v = (torch.nn.functional.pad(x, (0, -D % 16)) for x in (q, k, v))
+        return attention_op(q, k, v, causal, scale, float(softcap))[0][..., :D]
 
 
 def attention(q, k, v, causal=True, scale=None, softcap=0.0):
-    """q (B, H, Tq, D), k and v (B, Hkv, Tk, D), H % Hkv == 0 -> (B, H, Tq, D) in q's dtype (autocast's, under autocast).
+    """q (B, H, Tq, D), k and v (B, Hkv, Tk, D), H % Hkv == 0 -> (B, H, Tq, D) in q's (or autocast's) dtype.
 
-    causal: query i sees the keys j <= i + Tk - Tq, so that with a KV cache the last query sees all. scale: None is 1 / sqrt(D).
-    softcap > 0 bounds the scores by +-softcap. D > 128 goes to PyTorch's own attention. ValueError: shapes or (GPU) dtypes that do not
-    fit, or causal with more queries than keys, where the first ones would see nothing."""
+    causal: query i sees the keys j <= i + Tk - Tq, so that with a KV cache the last query sees all. scale: None is
+    1 / sqrt(D). softcap > 0 bounds the scores by +-softcap. D > 128 goes to PyTorch's own attention. ValueError: shapes or
+    (GPU) dtypes that do not fit, or causal with more queries than keys, where the first ones would see nothing."""
     B, H, Tq, D = q.shape
     if k.shape != v.shape or (k.shape[0], k.shape[3]) != (B, D) or H % k.shape[1]:
-        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected (B, H, Tq, D) and twice "
-                         "(B, Hkv, Tk, D), H a multiple of Hkv")
+        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected (B, H, Tq, D) "
+                         "and twice (B, Hkv, Tk, D), H a multiple of Hkv")
     if causal and k.shape[2] < Tq:
-        raise ValueError(f"attention: causal with {Tq} queries but only {k.shape[2]} keys: the first queries would see none")
+        raise ValueError(f"attention: causal with {Tq} queries but only {k.shape[2]} keys: the first would see none")
     which = form(q)
     if which == "triton" and D <= 128:
         return attention_triton(q, k, v, causal, scale, softcap)

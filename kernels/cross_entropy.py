@@ -28,8 +28,8 @@ arXiv:2411.09009), but exact, and without locks. Saved: x, w, targets, lse (N).
     So 8 NVC where 6 would do with the logits kept. Slices of the vocabulary, not chunks of rows as in Liger: dw then
     needs no fp32 accumulator of its own size and no second pass to scale it, nothing but lse is held between forward
     and backward, an evaluation pays for its own product only, and each product has enough tiles to fill a card.
-Bytes, with E bytes an element: tiles of 128 x 128 load 2 E NVC / 128 through L2 for each of the four products. What must
-be in device memory: x, w read and N V / 128 fp32 written and read (forward); x, w read twice, dx, dw written, dz
+Bytes, with E bytes an element: tiles of 128 x 128 load 2 E NVC / 128 through L2 for each of the four products. What
+must be in device memory: x, w read and N V / 128 fp32 written and read (forward); x, w read twice, dx, dw written, dz
 written once and read twice (backward). On an RTX 4070 all four products are bound by its tensor cores, not by this.
 cross_entropy: logits read once forward; read once, dlogits written once backward, which is the floor.
 """
@@ -141,8 +141,8 @@ class ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         dx, dw = ctx.saved_tensors
-        # Reading g costs nothing on a CPU and spares a pass over dx in the plain case loss.backward(). dw is always a new
-        # tensor: it becomes a parameter's .grad, which is written in place.
+        # Reading g costs nothing on a CPU and spares a pass over dx for a plain loss.backward(). dw is always new:
+        # it becomes a parameter's .grad, which is written in place.
         if dx is not None and (torch.compiler.is_compiling() or g.device.type != "cpu" or g.item() != 1):
             dx = dx * g
         return dx, None if dw is None else dw * g, None, None, None, None
@@ -210,7 +210,7 @@ if triton is not None:
     @triton.jit
     def logits_tile(x, w, n0, v0, N, V, C,
                     BN: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):
-        """Logits of rows n0.. and columns v0... The 64-bit part of an address is one scalar: tiles of int64 would spill."""
+        """Logits from row n0, column v0. The 64-bit part of an address is one scalar: tiles of int64 would spill."""
         o_n, o_v, o_k = tl.arange(0, BN), tl.arange(0, BV), tl.arange(0, BK)
         x += n0.to(tl.int64) * C
         w += v0.to(tl.int64) * C
@@ -300,8 +300,8 @@ if triton is not None:
 
     def tile(dtype):
         """16-bit: 48 KB of shared memory, so that two blocks fit an sm_89 multiprocessor where their registers do too.
-        fp32: tf32x3, three products on tensor cores, which have no ieee form; as accurate, to about 1e-6. Its parts take
-        registers: twice the BK spills."""
+        fp32: tf32x3, three products on tensor cores, which have no ieee form; it comes close to fp32's accuracy. Its
+        parts take registers: twice the BK spills."""
         if dtype == torch.float32:
             return (64, 64), dict(BK=16, PRECISION="tf32x3", num_warps=4, num_stages=3)
         return (128, 128), dict(BK=32, PRECISION="ieee", num_warps=8, num_stages=4)
@@ -420,7 +420,7 @@ def check_arguments(x, targets, reduction):
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction {reduction!r}: "mean" or "sum"')
     if targets.shape != x.shape[:-1]:
-        raise ValueError(f"targets {tuple(targets.shape)}: {tuple(x.shape[:-1])} expected, the first argument's shape but its last")
+        raise ValueError(f"targets {tuple(targets.shape)}: {tuple(x.shape[:-1])} expected, a target for each row")
 
 
 def cross_entropy(logits, targets, ignore_index=-1, z_loss=0.0, reduction="mean"):

@@ -7,6 +7,8 @@ PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 if PARALLEL:  # workers share the cores: one thread each
     os.environ["OMP_NUM_THREADS"] = "1"
 
+# The root comes first: `rwkv` is our rwkv.py (load PyPI's by its path) and `kernels` our folder. transformers
+# only asks for the metadata of Hugging Face's package of that name, finds none, and does without.
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 

@@ -480,7 +480,7 @@ SHARED = {80: 166912, 89: 101376, 90: 232448, 120: 101376, "gfx942": 65536}  # b
 
 
 class Launch:
-    """A launch, bound as JITFunction.run does: dtypes, constexprs, divisibility by 16, == 1 are those of a real call."""
+    """A launch, bound as JITFunction.run binds it: dtypes, constexprs, divisibility by 16 are those of a real call."""
 
     def __init__(self, fn, args, kwargs, grid):
         self.fn, self.args = fn, args
@@ -517,11 +517,13 @@ class Launch:
             f.write(k.asm["cubin"])
             f.flush()
             tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-            text = subprocess.check_output([tool, "-sass", "-res-usage", f.name], text=True)
-        op = lambda names: len(re.findall(rf"\s(?:{names})[ .]", text))
-        regs = int(re.search(r"REG:(\d+)", text)[1])
-        return dict(row, regs=regs, spills=op("LDL|STL"), tensor=op("HMMA|IMMA|HGMMA|IGMMA|QGMMA|QMMA"),
-                    occupancy=occupancy_sm89(regs, smem, warps))
+            dump = lambda what: subprocess.check_output([tool, what, f.name], text=True, stderr=subprocess.STDOUT)
+            used = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump("-res-usage"))}
+            # a spill needs local memory; disassembling takes half a second, so only where there is some
+            sass = dump("-sass") if used["STACK"] + used["LOCAL"] else ""
+        return dict(row, regs=used["REG"], spills=len(re.findall(r"\s(?:LDL|STL)[ .]", sass)),
+                    tensor=len(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma", k.asm["ptx"])),
+                    occupancy=occupancy_sm89(used["REG"], smem, warps))
 
 
 def occupancy_sm89(regs, smem, warps):
@@ -555,7 +557,7 @@ def compile_job(job):
 
 
 def child(module, function, args, targets, path):
-    """The compiling process: captures what module.function(*args) launches, compiles it in two processes, writes rows."""
+    """The compiling process: captures what module.function(*args) launches, compiles it in two processes."""
     capture()
     getattr(importlib.import_module(module), function)(*args)
     in_bf16 = {launch.fn for launch in captured.values() if "bf16" in launch.spec}
@@ -568,15 +570,15 @@ def child(module, function, args, targets, path):
 
 
 def compiled(module, function, targets=TARGETS, args=()):
-    """Launch.compile's rows for all that tests/<module>.py's function(*args) launches on sm_89; for other targets only the
-    bf16 launches of a kernel, if it has any: what changes with the dtype shows on one target."""
+    """Launch.compile's rows for all that tests/<module>.py's function(*args) launches on sm_89; for other targets only
+    the bf16 launches of a kernel, if it has any: what changes with the dtype shows on one target."""
     here = os.path.dirname(os.path.abspath(__file__))
     env = dict(os.environ, KERNELS="triton", OMP_NUM_THREADS="1", TRITON_DEFAULT_FP_FUSION="1",
                PYTHONPATH=os.pathsep.join([os.path.dirname(here), here, os.environ.get("PYTHONPATH", "")]))
     env.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as tmp:
         path = os.path.join(tmp, "rows.json")
-        code = f"import kernelcheck; kernelcheck.child({module!r}, {function!r}, {args!r}, {tuple(targets)!r}, {path!r})"
+        code = f"import kernelcheck; kernelcheck.child{(module, function, args, tuple(targets), path)!r}"
         done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
         assert done.returncode == 0, f"the compiling process failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
         with open(path) as f:

@@ -84,7 +84,7 @@ def test_compiles():
 
 @pytest.mark.parametrize("name", OPS)
 def test_torch_form(name):
-    """The CPU's form equals the definition, also for 16-bit x beside an fp32 bias; it compiles without a graph break."""
+    """The CPU's form equals the definition, also for 16-bit x beside an fp32 bias; it compiles without graph breaks."""
     op, ref, which = OPS[name]
     for dtype, b_dtype, tol in ((torch.float64, torch.float64, 1e-12), (torch.float32, torch.float32, 1e-5),
                                 (torch.bfloat16, torch.float32, 3e-2)):
@@ -133,5 +133,5 @@ def test_edges(monkeypatch):
             assert op(*inputs(which, (0, 8))).shape == (0, 8)
     with pytest.raises(ValueError, match=r"b \(7,\), \(8,\) expected"):
         A.bias_gelu(torch.ones(2, 8), torch.ones(7))
-    with pytest.raises(ValueError, match="alike"):
+    with pytest.raises(ValueError, match="differ"):
         A.swiglu(torch.ones(2, 8), torch.ones(2, 8).bfloat16())

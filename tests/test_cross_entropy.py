@@ -99,8 +99,8 @@ def traffic_case(N, V, C):
 
 
 def test_traffic_linear():
-    """As issued, against what tiles must load (the file's docstring); and each address once per launch, against what must
-    be in device memory: inputs, outputs, an lse per row and tile, one slice of dlogits written and read twice."""
+    """As issued, against what tiles must load (the file's docstring); and each address once per launch, against what
+    must be in device memory: inputs, outputs, an lse per row and tile, dlogits written and read twice."""
     N, V, C = 256, 1024, 256
     x, w, t, forward, backward = traffic_case(N, V, C)
     part, dz, picked = 2 * 4 * N * V // 128, 2 * N * V, V // 128 * K.nbytes(t)

@@ -50,9 +50,9 @@ def traffic_case(op, which, args):
     x, weights = args[0], [t for n, t in zip(which, args) if n in "wb"]
     added = "r" in which
     stats = 4 * (2 if op in (norm.layer_norm, norm.add_layer_norm) else 1) * x.shape[0]
-    dy = torch.randn(x.shape, dtype=x.dtype)
+    dy, ds = torch.randn(2, *x.shape).to(x.dtype)
     forward = lambda: op(*args)
-    backward = lambda out: torch.autograd.grad(out, args, (dy, dy) if added else dy)
+    backward = lambda out: torch.autograd.grad(out, args, (dy, ds) if added else dy)
     forward_floor = K.nbytes(*args, x) + (K.nbytes(x) if added else 0) + stats  # + y, s
     # dy, x, dx, w; dw, db; ds
     backward_floor = K.nbytes(dy, x, x, weights[0]) + K.nbytes(*weights) + (K.nbytes(dy) if added else 0) + stats
