@@ -4,6 +4,6 @@ A file here stands alone: it imports torch and, where there is one, triton. Copy
 
     from kernels.norm import rms_norm
 
-A GPU with Triton runs the kernels; anything else runs the plain-PyTorch form. KERNELS=ref|torch|triton in the environment forces
-one form (triton on a CPU: TRITON_INTERPRET=1 as well, which is how the tests run them).
+A GPU with Triton runs the kernels, anything else the plain-PyTorch form. KERNELS=ref|torch|triton in the environment
+forces one form (triton on a CPU: with TRITON_INTERPRET=1, which is how the tests run them).
 """

@@ -9,10 +9,10 @@ Attention: softmax(scale q k^T) v without the T x T matrix
                                 dq_i = scale sum_j ds_ij k_j,   dk_j = scale sum_i ds_ij q_i
 
 Shapes: q (B, H, Tq, D), k, v (B, Hkv, Tk, D) -> o (B, H, Tq, D), all of one dtype: fp32, bf16 or fp16. H % Hkv == 0
-(GQA): query head h reads head h // (H / Hkv) of k and v. Any strides: the kernels read views of one packed
-(B, T, 3, H, D) tensor in place (copied: a last dimension that is not contiguous, and D not a multiple of 16). o is a
-view of a contiguous (B, Tq, H, D), so that o.transpose(1, 2).reshape(B, Tq, H * D) is free. D <= 128 in the kernels, padded
-to a power of 2 on the chip. Softmax and all sums are fp32; p and ds are rounded to the inputs' dtype to be multiplied.
+(GQA): query head h reads head h // (H / Hkv) of k and v. Any strides: the kernels read views of one packed (B, T, 3,
+H, D) tensor in place (copied: a last dimension that is not contiguous, and D not a multiple of 16). o is a view of a
+contiguous (B, Tq, H, D), so that o.transpose(1, 2).reshape(B, Tq, H * D) is free. D <= 128 in the kernels, padded to a
+power of 2 on the chip. Softmax and all sums are fp32; p and ds are rounded to the inputs' dtype to be multiplied.
 Under autocast the inputs are cast as torch.nn.functional.scaled_dot_product_attention casts them.
 
 Saved for backward: q, k, v, o and lse, (B, H, Tq) fp32, in base 2. p is recomputed, once in each of the two backward
@@ -24,9 +24,9 @@ Bytes and FLOPs of one query head. A block: BM queries (fwd, dq) or BN keys (dkv
     dq     e D (4 Tq + 2 sum over blocks of the keys they see) + 8 Tq                  6 D
     dkv    e D (4 Tk / G + 2 sum over blocks of the queries that see them) + 8 that    8 D
 Blocks above the causal diagonal are neither read nor multiplied: for long T half of both. Device memory moves each
-tensor about once while a head's k and v stay in the L2 cache; the tensor cores are then the limit, at BM or BN FLOPs
-for each byte read in 16 bits. Decoding (Tq = 1) is limited by reading k and v, with one program a head: long contexts at
-small B H leave multiprocessors idle.
+tensor about once while a head's k and v stay in the L2 cache; the tensor cores are then the limit, at least BM or BN FLOPs
+for each byte read in 16 bits. Decoding (Tq = 1) is limited by reading k and v, with one program a head: long contexts
+at small B H leave multiprocessors idle.
 """
 import os
 
@@ -245,9 +245,9 @@ if triton is not None:
         tl.store(dv + o_dk, b_dv, mask=m_kv)
 
     # (BM, BN, warps, stages) for 16-bit D <= 64, 16-bit D <= 128, fp32 D <= 64, fp32 D <= 128. At D = 32, 64, 80, 128
-    # none spills on sm_89. At 16-bit D > 64 a block owns 128 rows, 16 for each of 8 warps: with fewer, Triton gives a warp
-    # some columns of all rows, and p goes through shared memory. fp32 is "ieee", plain FMAs: on sm_89 three tf32 or six bf16
-    # products would be no faster and need twice the registers.
+    # none spills on sm_89. At 16-bit D > 64 a block owns 128 rows, 16 for each of 8 warps: with fewer, Triton gives a
+    # warp some columns of all rows, and p goes through shared memory. fp32 is "ieee", plain FMAs: on sm_89 three tf32
+    # or six bf16 products would be no faster and need twice the registers.
     TILES = {
         "fwd": ((64, 64, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2)),
         "dq": ((64, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2), (16, 16, 4, 2)),
@@ -335,13 +335,14 @@ if triton is not None:
 def attention(q, k, v, causal=True, scale=None, softcap=0.0):
     """q (B, H, Tq, D), k and v (B, Hkv, Tk, D), H % Hkv == 0 -> (B, H, Tq, D) in q's (or autocast's) dtype.
 
-    causal: query i sees the keys j <= i + Tk - Tq, so that with a KV cache the last query sees all. scale: None is
-    1 / sqrt(D). softcap > 0 bounds the scores by +-softcap. D > 128 goes to PyTorch's own attention. ValueError: shapes or
-    (GPU) dtypes that do not fit, or causal with more queries than keys, where the first ones would see nothing."""
+    causal: query i sees the keys j <= i + Tk - Tq, so that with a KV cache the last query sees all. scale: None is 1
+    / sqrt(D). softcap > 0 bounds the scores by +-softcap. D > 128 goes to PyTorch's own attention. ValueError:
+    shapes or (GPU) dtypes that do not fit, or causal with more queries than keys, where the first ones would see
+    nothing."""
     B, H, Tq, D = q.shape
     if k.shape != v.shape or (k.shape[0], k.shape[3]) != (B, D) or H % k.shape[1]:
-        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected (B, H, Tq, D) "
-                         "and twice (B, Hkv, Tk, D), H a multiple of Hkv")
+        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected "
+                         "(B, H, Tq, D) and twice (B, Hkv, Tk, D), H a multiple of Hkv")
     if causal and k.shape[2] < Tq:
         raise ValueError(f"attention: causal with {Tq} queries but only {k.shape[2]} keys: the first would see none")
     which = form(q)

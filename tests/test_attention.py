@@ -69,7 +69,7 @@ def seen_keys(kernel, q, Tq, Tk, causal):
 
 
 def floors(q, k, causal):
-    """FlashAttention-2's own traffic (forward, backward) at these block sizes; the formulas of attention.py's docstring."""
+    """FlashAttention-2's own traffic (forward, backward) at these block sizes: attention.py's docstring."""
     (B, H, Tq, D), (_, Hkv, Tk, _), e = q.shape, k.shape, q.element_size()
     forward = e * D * (2 * Tq + 2 * seen_keys("fwd", q, Tq, Tk, causal)) + 4 * Tq
     dq = e * D * (4 * Tq + 2 * seen_keys("dq", q, Tq, Tk, causal)) + 8 * Tq
@@ -156,7 +156,7 @@ def test_ref_is_the_loop():
     want = torch.zeros_like(q)
     for h in range(2):
         for i in range(3):
-            s = torch.stack([2 * torch.tanh(q[0, h, i] @ k[0, 0, j] / 2 / 2) for j in range(i + 3)])  # scale 1 / 2, cap 2
+            s = torch.stack([2 * torch.tanh(q[0, h, i] @ k[0, 0, j] / 2 / 2) for j in range(i + 3)])  # scale 1/2, cap 2
             want[0, h, i] = (s.exp() / s.exp().sum()) @ v[0, 0, :i + 3]
     torch.testing.assert_close(A.attention_ref(q, k, v, **options), want)
 
