@@ -174,7 +174,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, t=0):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = (u.view(B, T, self.heads, -1).transpose(1, 2) for u in self.c_attn(x).split(C, 2))  # each (B, H, T, D)
         if cache is not None:  # (2, B, H, seq, D): keys and values of the t tokens before x, and room for more
             cache[0, :, :, t : t + T], cache[1, :, :, t : t + T] = k, v
             k, v = cache[:, :, :, : t + T]  # (B, H, t+T, D)
@@ -612,6 +612,8 @@ def make_optimizers(model, cfg):
     held = sorted(id(p) for g in groups for p in g["params"])
     assert held == sorted(id(p) for p in model.parameters() if p.requires_grad), "every parameter is in one group"
     how = dict(lr=cfg.lr, betas=(0.9, cfg.beta2))
+    if cfg.fsdp and cfg.optim != "adamw":
+        bad(f"--optim {cfg.optim}: it needs whole tensors, and --fsdp splits them; --optim adamw does not")
     try:
         from kernels.adamw import AdamW, AdamW8bit
     except ModuleNotFoundError:
@@ -622,8 +624,6 @@ def make_optimizers(model, cfg):
         return [AdamW8bit(groups, **how)]
     if cfg.optim == "adamw":
         return [AdamW(groups, **how)]
-    if cfg.fsdp:
-        bad("--optim muon: it needs whole matrices, and --fsdp splits them; take adamw")
     return [Muon([g for g in groups if g["matrix"]], cfg.lr, cfg.wd), AdamW([g for g in groups if not g["matrix"]], **how)]
 
 

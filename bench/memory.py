@@ -1,18 +1,19 @@
-"""What a training step needs: parameters, gradients, optimizer state, and the peak with activations and temporaries on top.
+"""What a training step needs: parameters, gradients, optimizer state, and the peak with activations and temporaries.
 
-    python bench/memory.py gpt2.py --preset 124M                     will it train on a GPU with 8, 12, 16 or 24 GB? with which batch?
+    python bench/memory.py gpt2.py --preset 124M                will it train on 8, 12, 16 or 24 GB? with which batch?
     python bench/memory.py gpt2.py --preset 124M --ckpt --optim adamw8bit
-    python bench/memory.py gpt2.py --layers 12 --device cpu          the same question for a CPU's memory
+    python bench/memory.py gpt2.py --layers 12 --device cpu     the same question for a CPU's memory
 
-The first argument is a model file, the others are its own flags; --device is cuda unless it says cpu, --preset what the file
-itself takes there. Nothing is computed and no GPU is needed: a whole step (forward, backward, clipping, optimizer) runs on
-fake tensors, which have a shape but no data, while Tracker counts the storages that are alive. 1 MB = 2^20 bytes.
+The first argument is a model file, the others are its own flags; --device is cuda unless it says cpu, --preset what the
+file itself takes there. Nothing is computed and no GPU is needed: a whole step (forward, backward, clipping, optimizer)
+runs on fake tensors, which have a shape but no data, while Tracker counts the storages alive. 1 MB = 2^20 bytes.
 
-For cuda the tensors are fake CPU tensors that say they are on a GPU, since PyTorch built without CUDA cannot run backward on
-fake CUDA ones. So the forms of kernels/ for a GPU are planned where Triton is installed (their own buffers included: the
-ops' bodies run, only the launches do nothing), attention by PyTorch is its flash or memory-efficient form, and autocast
-keeps in fp32 what it keeps there on CUDA. Sizes are rounded to the 512 bytes of the CUDA allocator. Not seen: scratch memory
-inside PyTorch's own kernels and fragmentation, for which RESERVE is kept; what --compile or --fsdp would save.
+For cuda the tensors are fake CPU tensors that say they are on a GPU, since PyTorch built without CUDA cannot run
+backward on fake CUDA ones. So the forms of kernels/ for a GPU are planned where Triton is installed (their own buffers
+included: the ops' bodies run, only the launches do nothing), attention by PyTorch is its flash or memory-efficient
+form, dropout its fused one, and autocast keeps in fp32 what it keeps there on CUDA. Sizes are rounded to the 512 bytes
+of the CUDA allocator. Not seen: scratch memory of PyTorch's own kernels and fragmentation (RESERVE is for them);
+what --compile or --fsdp would save. No plan for cuda has been held against a GPU yet: none was at hand.
 
 tests/test_bench.py holds the plan for a CPU against a real step there, by Tracker and by PyTorch's allocator.
 """
@@ -97,29 +98,36 @@ class Tracker(TorchDispatchMode):
 
 
 def peak_of(step):
-    """The most bytes that CPU tensors hold while step() runs, those that it uses and that were there before included."""
+    """The most bytes that CPU tensors hold while step() runs, with those that were there before and that it uses."""
     with Tracker() as tracker:
         step()
     return tracker.peak
 
 
 class LikeCuda(TorchFunctionMode):
-    """What CUDA does and a CPU does not: flash attention with dropout, and autocast's list of operations in fp32."""
+    """What CUDA does and a CPU does not: flash attention with dropout, dropout that keeps one byte of mask an element,
+    and autocast's list of operations in fp32."""
 
     FP32 = set(
-        "acos asin cosh cross_entropy cumprod cumsum erfinv exp expm1 group_norm kl_div l1_loss layer_norm log log10 log1p "
-        "log2 log_softmax mse_loss nll_loss norm normalize pow prod reciprocal rsqrt sinh smooth_l1_loss softmax softmin "
-        "softplus sum tan __pow__ __rpow__".split()
+        "acos asin cosh cross_entropy cumprod cumsum erfinv exp expm1 group_norm kl_div l1_loss layer_norm log log10 "
+        "log1p log2 log_softmax mse_loss nll_loss norm normalize pow prod reciprocal rsqrt sinh smooth_l1_loss softmax "
+        "softmin softplus sum tan __pow__ __rpow__".split()
     )
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, cast = kwargs or {}, torch.is_autocast_enabled("cpu")
         if func is torch.nn.functional.scaled_dot_product_attention:
             return self.attention(cast, *args, **kwargs)
+        if func is torch.nn.functional.dropout:
+            return self.dropout(*args, **kwargs)
         if cast and getattr(func, "__name__", "") in self.FP32:
             wide = lambda t: t.float() if isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16 else t
             args, kwargs = [wide(a) for a in args], {k: wide(v) for k, v in kwargs.items()}
         return func(*args, **kwargs)
+
+    @staticmethod
+    def dropout(x, p=0.5, training=True, inplace=False):
+        return torch.native_dropout(x, p, training)[0] if training and p else x
 
     @staticmethod
     def attention(cast, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -133,7 +141,8 @@ class LikeCuda(TorchFunctionMode):
             if attn_mask.dtype == torch.bool:
                 attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(~attn_mask, -math.inf)
             attn_mask = attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
-        return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+        efficient = aten._scaled_dot_product_efficient_attention
+        return efficient(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
 
 
 @contextlib.contextmanager
@@ -154,10 +163,11 @@ def dry(fakes, device):
 
 
 class Run:
-    """A model with its optimizers, and its training step as the file's train() does it. device None: for real, on the CPU."""
+    """A model, its optimizers, and its training step as the file's train() does it. device None: for real, on a CPU."""
 
     def __init__(self, module, cfg, device=None):
-        self.cfg, self.device, self.cast = cfg, device, cfg.dtype == "bf16" or cfg.dtype == "auto" and device == "cuda"
+        self.cfg, self.device = cfg, device
+        self.cast = cfg.dtype == "bf16" or cfg.dtype == "auto" and device == "cuda"
         self.fakes = FakeTensorMode()  # a fake tensor knows its mode: one for all steps
         with self.world():
             self.model = module.Model(cfg)
@@ -171,7 +181,7 @@ class Run:
     def step(self, batch):
         tokens, targets = torch.randint(self.cfg.vocab, (2, batch, self.cfg.seq))
         total = 0.0
-        for _ in range(min(self.cfg.accum, 2)):  # gradients lie there during the second micro-step, and so in all later ones
+        for _ in range(min(self.cfg.accum, 2)):  # from the second on, gradients are there during the forward pass
             with torch.autocast("cpu", torch.bfloat16, self.cast):
                 loss = self.model(tokens, targets) / self.cfg.accum
             loss.backward()
@@ -198,7 +208,7 @@ class Run:
             storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
             return sum(-(-n // self.unit()) * self.unit() for n in storages.values())
 
-        states = [t for o in self.optimizers for s in o.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+        states = [t for t in tree_leaves([list(o.state.values()) for o in self.optimizers]) if torch.is_tensor(t)]
         return size(self.model.parameters()), size(self.params), size(states)
 
 
@@ -228,19 +238,17 @@ def measure(module, cfg):
     return run.peak(cfg.batch), parameters + states + allocated_peak(lambda: run.step(cfg.batch))
 
 
-def largest(peak, room):
-    """The largest batch whose peak(batch) is at most room; 0 if none is. Lines propose, runs decide."""
-    if peak(1) > room:
-        return 0
-    fits, fails, slope = 1, None, max(1, peak(2) - peak(1))
-    while fails is None or fails - fits > 1:
-        batch = max(fits + 1, fits + int((room - peak(fits)) / slope))
-        if fails is not None:
-            batch = min(batch, fails - 1)
-        if peak(batch) <= room:
-            fits = batch
-        else:
-            fails = batch
+def largest(peak, room, batch):
+    """The largest batch with peak(batch) <= room; 0 if none is. A line through two runs proposes, runs decide."""
+    a, b, fits, fails, tries = batch, 2 * batch, 0, math.inf, 0
+    for n in (a, b):
+        fits, fails = (max(fits, n), fails) if peak(n) <= room else (fits, min(fails, n))
+    while fails - fits > 1:
+        slope = max(1, (peak(b) - peak(a)) / (b - a))
+        n = b + math.floor((room - peak(b)) / slope) if tries < 6 or fails == math.inf else (fits + fails) // 2
+        n = min(max(n, fits + 1), fails - 1, 16 * b)
+        a, b, tries = b, n, tries + 1
+        fits, fails = (n, fails) if peak(n) <= room else (fits, n)
     return fits
 
 
@@ -250,10 +258,10 @@ def load(path):
     if not path.is_file():
         bad(f"{path}: no such file; the first argument is a model file, such as gpt2.py")
     sys.path.insert(0, str(path.resolve().parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location("model_file", path)
     if spec is None:
         bad(f"{path}: no Python file")
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    module = sys.modules["model_file"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as e:  # whatever a foreign file does
@@ -292,22 +300,23 @@ def plan(file, flags):
         return peaks[batch]
 
     name, fixed, top = Path(file).name, run.fixed(), peak(cfg.batch)
-    ops = sys.modules.get("kernels.norm")
-    form = "plain PyTorch" if ops is None else "kernels/ (triton)" if device == "cuda" and ops.triton else "kernels/ (torch)"
-    precision = "bf16 autocast" if run.cast else "fp32"
-    print(f"{name} --preset {cfg.preset}: {sum(p.numel() for p in run.model.parameters()):,} parameters, vocabulary {cfg.vocab:,}")
-    print(f"{cfg.batch} x {cfg.seq} x {cfg.accum} tokens a step | {cfg.optim}, {precision}{', ckpt' * cfg.ckpt} | {form} | a dry run for {device}\n")
-    for what, size in zip(("parameters", "gradients", "optimizer state", "activations etc."), (*fixed, top - sum(fixed))):
+    ops, count = sys.modules.get("kernels.norm"), sum(p.numel() for p in run.model.parameters())
+    form = f"kernels/ ({'triton' if device == 'cuda' and triton else 'torch'})" if ops else "plain PyTorch"
+    how = f"{cfg.optim}, {'bf16 autocast' if run.cast else 'fp32'}{', ckpt' * cfg.ckpt}"
+    print(f"{name} --preset {cfg.preset}: {count:,} parameters, vocabulary {cfg.vocab:,}")
+    print(f"{cfg.batch} x {cfg.seq} x {cfg.accum} tokens a step | {how} | {form} | a dry run for {device}\n")
+    parts = ("parameters", "gradients", "optimizer state", "activations etc.")
+    for what, size in zip(parts, (*fixed, top - sum(fixed))):
         print(f"{what:20}{size / MB:10,.1f} MB")
     print(f"{'peak of a step':20}{top / MB:10,.1f} MB = {top / GB:.2f} GB\n")
     reserve, why = RESERVE[device]
     print(f"{'memory':10}{f'batch {cfg.batch}':>12}{'largest batch':>16}{'its peak':>12}")
     for card in CARDS:
         room = card * GB - reserve
-        most = largest(peak, room)
+        most = largest(peak, room, cfg.batch)
         its = f"{peak(most) / GB:.2f} GB" if most else "-"
-        print(f"{card:>3} GB    {'fits' if top <= room else 'no':>12}{most or 'none':>16}{its:>12}")
-    print(why + (f". --accum {cfg.accum}: gradients are there during the forward pass" if cfg.accum > 1 else ""))
+        print(f"{card:>3} GB    {'fits' if top <= room else 'no':>12}{most or 'none':>16}{its:>12}", flush=True)
+    print(why)
 
 
 if __name__ == "__main__":

@@ -104,23 +104,43 @@ def test_causal_skips_half():
 
 
 def launches():
-    """T = 1024 and 1000 (divisible by 16 or not), packed views; causal, cross, grouped with a soft cap; decoding."""
-    for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        for D in (64, 128) if dtype == torch.float16 else (32, 64, 80, 128):
-            for causal, softcap, G in ((True, 0.0, 1), (False, 0.0, 1), (True, 30.0, 2)):
-                if dtype == torch.float16 and softcap:
-                    continue
-                qkv = torch.empty(1, 1024, 3, 4, D, dtype=dtype, requires_grad=True)
-                q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-                o = A.attention(q, k[:, ::G], v[:, ::G], causal, None, softcap)
-                o.backward(torch.empty_like(o))
-    for D in (64, 128):
-        q, k = torch.empty(1, 4, 1, D, dtype=torch.bfloat16), torch.empty(1, 2, 1000, D, dtype=torch.bfloat16)
-        A.attention(q, k, k)
+    """Packed views; causal, cross, grouped with a soft cap; a head size that fills its block and one that does not; decoding."""
+    for dtype, D, options in (
+        (torch.bfloat16, 64, ((True, 0.0, 1), (False, 0.0, 1))),
+        (torch.bfloat16, 80, ((True, 30.0, 2),)),
+        (torch.bfloat16, 128, ((True, 0.0, 1),)),
+        (torch.float32, 64, ((True, 0.0, 1),)),
+        (torch.float32, 128, ((True, 0.0, 1),)),
+    ):
+        for causal, softcap, G in options:
+            qkv = torch.empty(1, 1024, 3, 4, D, dtype=dtype, requires_grad=True)
+            q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+            o = A.attention(q, k[:, ::G], v[:, ::G], causal, None, softcap)
+            o.backward(torch.empty_like(o))
+    q, k = torch.empty(1, 4, 1, 64, dtype=torch.bfloat16), torch.empty(1, 2, 1000, 64, dtype=torch.bfloat16)
+    A.attention(q, k, k)
+
+
+def more_launches():
+    """The other combinations, for sm_89 alone."""
+    for dtype, D, causal, softcap, G in (
+        (torch.bfloat16, 32, True, 30.0, 2),
+        (torch.bfloat16, 128, False, 30.0, 2),
+        (torch.float16, 64, True, 0.0, 1),
+        (torch.float32, 80, True, 30.0, 2),
+    ):
+        qkv = torch.empty(1, 1000, 3, 4, D, dtype=dtype, requires_grad=True)
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+        o = A.attention(q, k[:, ::G], v[:, ::G], causal, None, softcap)
+        o.backward(torch.empty_like(o))
 
 
 def test_compiles():
     K.check_compiles("test_attention", "launches")
+
+
+def test_more_compiles():
+    K.check_compiles("test_attention", "more_launches", targets=(89,))
 
 
 def test_opcheck():
