@@ -10,9 +10,9 @@ Attention: softmax(scale q k^T) v without the T x T matrix
 
 Shapes: q (B, H, Tq, D), k, v (B, Hkv, Tk, D) -> o (B, H, Tq, D), all of one dtype: fp32, bf16 or fp16. H % Hkv == 0
 (GQA): query head h reads head h // (H / Hkv) of k and v. Any strides: the kernels read views of one packed (B, T, 3,
-H, D) tensor in place (copied: a last dimension that is not contiguous, and D not a multiple of 16). o is a view of a
-contiguous (B, Tq, H, D), so that o.transpose(1, 2).reshape(B, Tq, H * D) is free. D <= 128 in the kernels, padded to a
-power of 2 on the chip. Softmax and all sums are fp32; p and ds are rounded to the inputs' dtype to be multiplied.
+H, D) tensor in place, except that a last dimension that is not contiguous is copied, and that a D other than 32, 64
+or 128 is filled up with zeros. o is a view of a contiguous (B, Tq, H, D), so that o.transpose(1, 2).reshape(B, Tq, H * D)
+is free. D <= 128 in the kernels. Softmax and all sums are fp32; p and ds are rounded to the inputs' dtype to be multiplied.
 Under autocast the inputs are cast as torch.nn.functional.scaled_dot_product_attention casts them.
 
 Saved for backward: q, k, v, o and lse, (B, H, Tq) fp32, in base 2. p is recomputed, once in each of the two backward
@@ -244,14 +244,14 @@ if triton is not None:
         tl.store(dk + o_dk, b_dk * scale, mask=m_kv)
         tl.store(dv + o_dk, b_dv, mask=m_kv)
 
-    # (BM, BN, warps, stages) for 16-bit D <= 64, 16-bit D <= 128, fp32 D <= 64, fp32 D <= 128. At D = 32, 64, 80, 128
-    # none spills on sm_89. At 16-bit D > 64 a block owns 128 rows, 16 for each of 8 warps: with fewer, Triton gives a
-    # warp some columns of all rows, and p goes through shared memory. fp32 is "ieee", plain FMAs: on sm_89 three tf32
-    # or six bf16 products would be no faster and need twice the registers.
+    # (BM, BN, warps, stages) for 16-bit D <= 64, 16-bit D = 128, fp32 D <= 64, fp32 D = 128. None spills on sm_89. At
+    # 16-bit D = 128 a block owns 128 rows, 16 for each of 8 warps: with fewer, Triton gives a warp some columns of all
+    # rows, and p goes through shared memory. fp32 is "ieee", plain FMAs: on sm_89 three tf32 or six bf16 products would
+    # be no faster and need twice the registers.
     TILES = {
-        "fwd": ((64, 64, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2)),
+        "fwd": ((64, 64, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2), (32, 16, 4, 2)),
         "dq": ((64, 32, 4, 2), (128, 32, 8, 2), (32, 32, 4, 2), (16, 16, 4, 2)),
-        "dkv": ((32, 64, 4, 2), (16, 128, 8, 2), (32, 32, 8, 2), (16, 64, 8, 1)),
+        "dkv": ((32, 64, 4, 2), (16, 128, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1)),
     }
 
     def config(kernel, q):
@@ -327,8 +327,9 @@ if triton is not None:
                              "float32, bfloat16, float16 for all")
         D = q.shape[3]
         scale = D ** -0.5 if scale is None else float(scale)
-        if D % 16:  # strides that 16 does not divide cost 16-bit loads and spills: zeros fill the heads up
-            q, k, v = (torch.nn.functional.pad(x, (0, -D % 16)) for x in (q, k, v))
+        fill = max(32, triton.next_power_of_2(D)) - D
+        if fill:  # zeros make a head of 80 or 96 one of 128: masks along D cost narrow loads, and registers that then spill
+            q, k, v = (torch.nn.functional.pad(x, (0, fill)) for x in (q, k, v))
         return attention_op(q, k, v, causal, scale, float(softcap))[0][..., :D]
 
 

@@ -45,13 +45,13 @@ def packed(B, T, H, D, dtype):
 
 def test_packed():
     """Views of one (B, T, 3, H, D) tensor are read in place, o reshapes for free, and results repeat bit for bit."""
-    qkv, (q, k, v) = packed(1, 40, 2, 16, torch.float32)
-    do = torch.randn(1, 40, 32)
+    qkv, (q, k, v) = packed(1, 40, 2, 32, torch.float32)
+    do = torch.randn(1, 40, 64)
     with K.triton_form():
         with K.count() as t:
             o = A.attention(q, k, v)
         assert not t.faults and t.torch_bytes == 0
-        y = o.transpose(1, 2).reshape(1, 40, 32)
+        y = o.transpose(1, 2).reshape(1, 40, 64)
         assert y.data_ptr() == o.data_ptr()
         first, = torch.autograd.grad(y, qkv, do, retain_graph=True)
         again, = torch.autograd.grad(y, qkv, do)
