@@ -91,43 +91,41 @@ def cross_entropy_torch(logits, targets, ignore_index=-1, z_loss=0.0, reduction=
 
 def chunked_loss(x, w, targets, ignore_index, z_loss, reduction, need_dx, need_dw):
     """loss, dx, dw (None where not needed) of x (N, C), w (V, C). A chunk's logits become its dlogits in place."""
-    (N, C), V, dtype = x.shape, w.shape[0], torch.promote_types(x.dtype, torch.float32)
-    w16 = w.to(x.dtype)
-    live = targets != ignore_index
-    picked = targets.where(live, 0)[:, None]                                # (N, 1)
-    live = live[:, None].to(dtype)                                          # (N, 1)
-    share = 1 / live.sum().clamp_(min=1) if reduction == "mean" else live.new_ones(())
-    late = x.dtype == torch.float16                                         # dlogits / N would underflow: scale dx, dw
-    unit = live if late else live * share                                   # (N, 1)
+    (V, C), dtype = w.shape, torch.promote_types(x.dtype, torch.float32)
+    w16, rows = w.to(x.dtype), max(1, CHUNK // w.shape[0])
+    live = (targets != ignore_index)[:, None]                               # (N, 1)
+    picked = targets[:, None] * live                                        # (N, 1): 0 in an ignored row
+    share = live.sum(dtype=dtype).clamp_(min=1).reciprocal_() if reduction == "mean" else None
+    weight = live.to(dtype) if share is None else live * share              # (N, 1): of a row in the loss
+    late = x.dtype == torch.float16 and share is not None                   # dlogits / N would underflow: scale dx, dw
+    unit = live.to(dtype) if late else weight
     dx = torch.empty_like(x) if need_dx else None
     dw = torch.zeros(V, C, dtype=dtype, device=x.device) if need_dw else None
-    loss, rows = 0, max(1, CHUNK // V)
-    for i in range(0, N, rows):
-        c = slice(i, i + rows)
-        z = (x[c] @ w16.T).to(dtype)                                        # (n, V)
+    loss = 0
+    for i in range(0, len(x), rows):
+        x_c, t_c, unit_c = x[i:i + rows], picked[i:i + rows], unit[i:i + rows]
+        z = (x_c @ w16.T).to(dtype)                                         # (n, V)
         top = z.amax(1, keepdim=True)                                       # (n, 1)
-        z.sub_(top)
-        b_t = z.gather(1, picked[c])                                        # (n, 1)
+        z_t = z.sub_(top).gather(1, t_c)                                    # (n, 1): the target's logit, less top
         total = z.exp_().sum(1, keepdim=True)                               # (n, 1)
-        loss_c = total.log() - b_t                                          # lse - z_t: top cancels
-        scale = unit[c] / total                                             # (n, 1): softmax = z / total
+        loss_c = total.log() - z_t                                          # (n, 1): lse - z_t, where top cancels
+        scale = unit_c / total                                              # (n, 1): softmax = z / total
         if z_loss:
-            lse = loss_c + (b_t + top)
-            loss_c = loss_c + z_loss * lse.square()
-            scale = scale * (1 + 2 * z_loss * lse)
-        loss = loss + (loss_c * live[c]).sum()
+            lse = loss_c + z_t + top
+            loss_c += z_loss * lse.square()
+            scale *= 1 + 2 * z_loss * lse
+        loss = loss + (loss_c * weight[i:i + rows]).sum()
         if need_dx or need_dw:
-            d = z.mul_(scale).scatter_add_(1, picked[c], -unit[c]).to(x.dtype)
-            if need_dx:
-                torch.mm(d, w16, out=dx[c])
-            if need_dw:
-                if d.dtype == dtype:
-                    dw.addmm_(d.T, x[c])
-                else:
-                    dw += d.T @ x[c]
+            d = z.mul_(scale).scatter_add_(1, t_c, -unit_c).to(x.dtype)
+        if need_dx:
+            torch.mm(d, w16, out=dx[i:i + rows])
+        if need_dw and d.dtype == dtype:
+            dw.addmm_(d.T, x_c)
+        elif need_dw:
+            dw += d.T @ x_c
     if late:
         dx, dw = (None if grad is None else grad.mul_(share) for grad in (dx, dw))
-    return loss * share, dx, None if dw is None else dw.to(w.dtype)
+    return loss, dx, None if dw is None else dw.to(w.dtype)
 
 
 class ChunkedLoss(torch.autograd.Function):

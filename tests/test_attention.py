@@ -56,7 +56,7 @@ def test_packed():
         first, = torch.autograd.grad(y, qkv, do, retain_graph=True)
         again, = torch.autograd.grad(y, qkv, do)
         assert torch.equal(first, again) and torch.equal(o, A.attention(q, k, v))
-    want, = torch.autograd.grad(A.attention_ref(q, k, v), qkv, do.view(1, 40, 2, 16).transpose(1, 2))
+    want, = torch.autograd.grad(A.attention_ref(q, k, v), qkv, do.view(1, 40, 2, 32).transpose(1, 2))
     torch.testing.assert_close(first, want, rtol=1e-4, atol=1e-5)
 
 
