@@ -871,8 +871,9 @@ def train(cfg, given, model, tok, state):
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda *_: stop.append(1))
     wrong = torch.full((), -1, device=device)  # the first step whose loss or gradient was not finite
+    halt = False  # stop, read once a step: a signal that comes later waits for the next
     begun, saved, start, mark = step, step if state else None, time.perf_counter(), (time.perf_counter(), step)
-    while step < cfg.steps and not stop:
+    while step < cfg.steps and not halt:
         lr, total = set_lr(optimizers, step, cfg), 0.0
         for micro in range(cfg.accum):
             x, y = (t.to(device, non_blocking=True) for t in train_data.batch(cfg, step, micro, rank, world))
@@ -895,9 +896,10 @@ def train(cfg, given, model, tok, state):
         if world > 1:  # the mean loss; and all processes stop after the same step
             both = torch.stack([total / world, torch.full_like(total, len(stop))])
             dist.all_reduce(both)
-            total = both[0]
-            stop += [1] * int(both[1].item() > 0)
-        due = step % cfg.eval_every == 0 or step == cfg.steps or bool(stop)
+            total, halt = both[0], both[1].item() > 0
+        else:
+            halt = bool(stop)
+        due = step % cfg.eval_every == 0 or step == cfg.steps or halt
         if not (due or step % cfg.log_every == 0 or step == begun + 1 or device.type == "cpu"):
             continue  # from here on the GPU is waited for
         if wrong.item() >= 0:
@@ -906,7 +908,7 @@ def train(cfg, given, model, tok, state):
         if due:
             save(cfg, model, optimizers, tok, step, best)  # before evaluating: whatever happens there, the work is kept
             saved = step
-        if due and not stop:
+        if due and not halt:
             val = evaluate(run, val_data, cfg, device, cast)
             best = min(best, val)
         if due or step % cfg.log_every == 0 or step == begun + 1:
@@ -914,12 +916,12 @@ def train(cfg, given, model, tok, state):
             speed, mark = per_step * (step - mark[1]) / (now - mark[0]), (now, step)
             left = (now - start) / (step - begun) * (cfg.steps - step)
             peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mb()
-            v = repr(val) if due and not stop else ""
+            v = repr(val) if due and not halt else ""
             log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr, repr(norm.item()), f"{speed:.0f}"))
             shown = f" | val {val:.4f}" if v else ""
             say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
                 f"{speed:,.0f} tok/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
-    if stop:
+    if halt:
         say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
     else:
         val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended before has none yet

@@ -16,7 +16,7 @@ linear_cross_entropy(x, w, targets)     x (..., C), w (V, C)    -> scalar, fp32;
 
 Plain form: rows in chunks of CHUNK logits, worked on in place. Where a gradient is needed, dx and dw are computed with
 the loss, while the chunk is at hand; backward only multiplies them by the gradient of the scalar. 6 NVC FLOPs in all.
-Saved: dx, dw.
+Saved: dx, dw. Up to WHOLE logits, where calls cost more than memory, F.linear and F.cross_entropy serve.
 
 Triton form: a tile of logits lives in registers only, in the manner of cut cross-entropy (Wijmans et al. 2024,
 arXiv:2411.09009), but exact, and without locks. Saved: x, w, targets, lse (N).
@@ -57,6 +57,7 @@ def form(x):
 
 
 CHUNK = 2**24  # logits that exist at once in the plain form: 64 MB in fp32, 333 rows of GPT-2's vocabulary
+WHOLE = 2**18  # logits up to which the plain form is F.cross_entropy(F.linear): 1 MB, where the two cross on a CPU
 SLICE = 2**25  # dlogits that exist at once in the Triton form: 64 MB in bf16
 
 
@@ -147,6 +148,8 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def linear_cross_entropy_torch(x, w, targets, ignore_index=-1, z_loss=0.0, reduction="mean"):
+    if targets.numel() * w.shape[0] <= WHOLE and x.dtype != torch.float16:  # fp16: see `late` above
+        return cross_entropy_torch(F.linear(x, w.to(x.dtype)), targets, ignore_index, z_loss, reduction)
     x, targets = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
         return ChunkedLoss.apply(x, w, targets, ignore_index, z_loss, reduction)

@@ -54,26 +54,27 @@ def test_numerics_logits():
     ])
 
 
-def test_all_ignored_and_large_logits(monkeypatch):
+@pytest.mark.parametrize("form, whole", [("ref", 0), ("torch", 0), ("torch", 2**18), ("triton", 0)])
+def test_all_ignored_and_large_logits(form, whole, monkeypatch):
     """No row counts: 0 with zero gradients. Logits of +-1e4 and masked-out ones of -inf: no NaN, right gradients."""
-    for form in ("ref", "torch", "triton"):
-        monkeypatch.setattr(CE, "KERNELS", form)
-        x, w, t = inputs(6, 65, 16, torch.float32)
-        loss = CE.linear_cross_entropy(x, w, torch.full_like(t, -1))
-        assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (x, w)))
-        z, t = logits_of(6, 65, torch.float32)
-        loss = CE.cross_entropy(z, torch.full_like(t, -1))
-        assert loss == 0 and (torch.autograd.grad(loss, z)[0] == 0).all()
-        big = (1e4 * z.detach().sign()).requires_grad_()
-        big.data[:, 3:40] = float("-inf")
-        t = torch.full_like(t, 2)
-        got, want = CE.cross_entropy(big, t), F.cross_entropy(big, t)
-        torch.testing.assert_close(got, want)
-        torch.testing.assert_close(*(torch.autograd.grad(l, big)[0] for l in (got, want)))
-        far = (1e3 * x.detach()).requires_grad_()
-        got, want = CE.linear_cross_entropy(far, w, t), F.cross_entropy(far @ w.T, t)
-        torch.testing.assert_close(got, want)
-        torch.testing.assert_close(*(torch.autograd.grad(l, far)[0] for l in (got, want)), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(CE, "KERNELS", form)
+    monkeypatch.setattr(CE, "WHOLE", whole)
+    x, w, t = inputs(6, 65, 16, torch.float32)
+    loss = CE.linear_cross_entropy(x, w, torch.full_like(t, -1))
+    assert loss == 0 and all((g == 0).all() for g in torch.autograd.grad(loss, (x, w)))
+    z, t = logits_of(6, 65, torch.float32)
+    loss = CE.cross_entropy(z, torch.full_like(t, -1))
+    assert loss == 0 and (torch.autograd.grad(loss, z)[0] == 0).all()
+    big = (1e4 * z.detach().sign()).requires_grad_()
+    big.data[:, 3:40] = float("-inf")
+    t = torch.full_like(t, 2)
+    got, want = CE.cross_entropy(big, t), F.cross_entropy(big, t)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(l, big)[0] for l in (got, want)))
+    far = (1e3 * x.detach()).requires_grad_()
+    got, want = CE.linear_cross_entropy(far, w, t), F.cross_entropy(far @ w.T, t)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(l, far)[0] for l in (got, want)), rtol=1e-4, atol=1e-5)
 
 
 def test_fp16_keeps_small_gradients(monkeypatch):
@@ -159,10 +160,11 @@ def test_compiles():
 
 # ---------------------------------------------------------------- the plain form
 @pytest.mark.parametrize("reduction, z_loss", [("mean", 0.0), ("sum", 0.0), ("mean", 0.05)])
-@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize("rows", [0, 1, 4, 100])
 def test_torch_form(rows, reduction, z_loss, monkeypatch):
-    """Any chunk size, any incoming gradient; w fp32 beside bf16 x; no gradient asked for."""
+    """Any chunk size (0: all logits at once), any incoming gradient; w fp32 beside bf16 x; no gradient asked for."""
     monkeypatch.setattr(CE, "CHUNK", 65 * rows)
+    monkeypatch.setattr(CE, "WHOLE", 0 if rows else CE.WHOLE)
     op = lambda *args: CE.linear_cross_entropy(*args, ignore_index=-100, z_loss=z_loss, reduction=reduction)
     ref = lambda *args: CE.linear_cross_entropy_ref(*args, ignore_index=-100, z_loss=z_loss, reduction=reduction)
     for dtype, w_dtype, tol in ((torch.float64, torch.float64, 1e-12), (torch.float32, torch.float32, 1e-5),
@@ -176,12 +178,13 @@ def test_torch_form(rows, reduction, z_loss, monkeypatch):
         with torch.no_grad():
             assert torch.equal(op(x, w, t), op(x, w, t)) and (op(x, w, t) - want).abs() <= tol * want
         dx, = torch.autograd.grad(op(x, w.detach(), t), x)
-        assert torch.equal(dx, torch.autograd.grad(op(x, w, t), x)[0])
+        torch.testing.assert_close(dx, torch.autograd.grad(op(x, w, t), x)[0])
 
 
 def test_torch_form_compiles(monkeypatch):
     """Several chunks, the last one shorter, forward and backward, without a graph break."""
     monkeypatch.setattr(CE, "CHUNK", 65 * 4)
+    monkeypatch.setattr(CE, "WHOLE", 0)
     x, w, t = inputs(11, 65, 24, torch.float32)
     op = lambda x, w: 0.5 * CE.linear_cross_entropy(x, w, t, z_loss=0.1)
     results = []
@@ -191,7 +194,8 @@ def test_torch_form_compiles(monkeypatch):
     torch.testing.assert_close(*results)
 
 
-def test_torch_form_gradcheck():
+def test_torch_form_gradcheck(monkeypatch):
+    monkeypatch.setattr(CE, "WHOLE", 0)
     x, w, t = inputs(5, 7, 4)
     assert torch.autograd.gradcheck(lambda x, w: CE.linear_cross_entropy(x, w, t, z_loss=0.1), (x, w))
     assert torch.autograd.gradcheck(lambda z: CE.cross_entropy(z, t, z_loss=0.1), logits_of(5, 7)[:1])
@@ -213,6 +217,7 @@ def test_logits_are_never_whole(monkeypatch):
     """The largest tensor that the plain form makes is a chunk."""
     N, V, C = 64, 515, 8
     x, w, t = inputs(N, V, C, torch.float32)
+    monkeypatch.setattr(CE, "WHOLE", 0)
     for gradient in (False, True):
         monkeypatch.setattr(CE, "CHUNK", 16 * V)
         with Largest() as seen, torch.set_grad_enabled(gradient):
@@ -226,8 +231,9 @@ def test_logits_are_never_whole(monkeypatch):
     assert seen.numel == V * C  # w
 
 
-def test_gradients_survive_each_other():
+def test_gradients_survive_each_other(monkeypatch):
     """A gradient written over in place, as optimizers do, and a second backward of the same graph."""
+    monkeypatch.setattr(CE, "WHOLE", 0)
     x, w, t = inputs(9, 65, 8, torch.float32)
     loss = CE.linear_cross_entropy(2 * x, w, t)
     loss.backward(retain_graph=True)
@@ -281,11 +287,14 @@ def test_bad_arguments(monkeypatch):
         CE.cross_entropy(x @ w.T, t[:3])
     with pytest.raises(ValueError, match=r"w \(65, 7\): \(V, 8\) expected"):
         CE.linear_cross_entropy(x, w[:, :7], t)
+    whole = CE.WHOLE
     for bad in (65, -2):
         t[1] = bad
         monkeypatch.setattr(CE, "KERNELS", "torch")
-        with pytest.raises((RuntimeError, IndexError), match=f"{bad} is out of bounds"):
-            CE.linear_cross_entropy(x, w, t)
+        for most in (0, whole):
+            monkeypatch.setattr(CE, "WHOLE", most)
+            with pytest.raises((RuntimeError, IndexError), match=f"{bad} is out of bounds"):
+                CE.linear_cross_entropy(x, w, t)
         with pytest.raises((RuntimeError, IndexError), match=f"{bad} is out of bounds"):
             CE.cross_entropy(x @ w.T, t)
         monkeypatch.setattr(CE, "KERNELS", "triton")

@@ -369,7 +369,7 @@ def test_kill_between_the_two_renames(tmp_path, text):
 @pytest.mark.parametrize("flags", [[], ["--fsdp"]])
 def test_two_processes_equal_one(tmp_path, text, flags):
     """Same global batch: losses over 20 steps within 1e-5, with DDP and with FSDP2; the sharded run saves a whole checkpoint."""
-    args = [*RUN, "--optim", "adamw", "--accum", "2", "--data", text, "--steps", "20", "--eval-every", "10", "--log-every", "1"]
+    args = [*RUN, "--optim", "adamw", "--lr", "1e-3", "--accum", "2", "--data", text, "--steps", "20", "--eval-every", "10", "--log-every", "1"]
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start([*args, "--out", str(one)]))
     finish(start([*args, *flags, "--out", str(two)], torchrun=2))
@@ -552,7 +552,7 @@ def bad_inputs(tmp, text):
     yield ["--tok", "klingon", *d], "--tok klingon: one of char, byte, gpt2"
     yield ["--tok", str(tmp / "latin.txt"), *d], "cannot be used"
     yield ["--vocab", "3", *d], "--vocab 3: the tokenizer char has"
-    yield ["--data", str(tmp / "big"), "--tok", "byte", "--seq", "8", "--dim", "16", "--layers", "1"], "token id 60000 is outside the vocabulary of 256"
+    yield ["--data", str(tmp / "big"), "--tok", "byte", "--seq", "8", "--dim", "16", "--heads", "2", "--layers", "1"], "token id 60000 is outside the vocabulary of 256"
     yield ["--out", str(tmp / "file" / "x"), *d], "--out"
     yield ["--resume", "--out", str(tmp / "none")], "--resume: no run in"
     yield ["--resume", "--out", str(tmp / "broken")], "train_state.pt: damaged"
