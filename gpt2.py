@@ -927,7 +927,7 @@ def train(cfg, given, model, tok, state):
         val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended before has none yet
         say(f"final val loss {val:.4f}, best {min(best, val):.4f}, after {before + time.perf_counter() - start:.0f} s of training")
         if not cfg.fsdp and rank == 0:
-            show(cfg, model, tok, "\n")
+            show(cfg, model, tok, val_data.shards[0][:1])
         say(f"model.safetensors, config.json, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample \"...\"")
     if "RANK" in os.environ:
         dist.destroy_process_group()
@@ -975,12 +975,12 @@ def generate(model, tokens, cfg):
     model.train()
 
 
-def show(cfg, model, tok, text):
-    """Print a sample as it is made; ids wait until they end a character."""
-    ids = torch.from_numpy(tok.encode(text).astype(np.int64))[None]
-    if not ids.numel() or ids.max() >= model.cfg.vocab:
+def show(cfg, model, tok, ids):
+    """Print what follows the array ids, as it is made; ids wait until they end a character."""
+    if not len(ids) or ids.max() >= model.cfg.vocab:
         bad("--sample: the text is empty, or has a token that the model does not know")
-    print(text, end="", flush=True)
+    print(tok.decode(ids.tolist()), end="", flush=True)
+    ids = torch.from_numpy(ids.astype(np.int64))[None]  # (1, T)
     waiting = []
     for i in generate(model, ids.to(next(model.parameters()).device), cfg):
         waiting += [i] if i < tok.vocab else []  # a padded head can name tokens that do not exist
@@ -1014,7 +1014,8 @@ def main(argv=None):
     if tok is None and not cfg.tok:
         bad(f"--sample: {source} has no tokenizer; --tok names one")
     device, _, _ = pick_device(cfg)
-    show(cfg, model.to(device), tok or Tokenizer(cfg.tok), cfg.sample)
+    tok = tok or Tokenizer(cfg.tok)
+    show(cfg, model.to(device), tok, tok.encode(cfg.sample))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -332,6 +331,14 @@ def test_learns(tmp_path, text):
     assert float(losses(tmp_path / "o")[150][1]) < 1.0
 
 
+def test_a_text_without_newlines(tmp_path):
+    """The sample at the end begins with a token that the data has, whatever the characters are."""
+    path = tmp_path / "t.txt"
+    path.write_text("0123456789" * 100)
+    out = finish(start([*RUN, "--data", str(path), "--steps", "1", "--out", str(tmp_path / "o")]))
+    assert "final val loss" in out and "log.csv are in" in out
+
+
 @pytest.mark.parametrize("flags", [["--optim", "muon"], ["--optim", "adamw", "--dropout", "0.1", "--accum", "2"], ["--optim", "adamw8bit"]])
 def test_resume_after_kill(tmp_path, text, flags):
     """kill -9, then --resume: the next losses are the same to the last bit, and so are the weights."""
@@ -503,7 +510,7 @@ def test_tokenizers(tmp_path, capsys):
     assert tok.encode("hello world").tolist() == [1, 2] and tok.vocab == 3 and tok.decode([1, 2]) == "hello world"
     rwkv = tmp_path / "vocab.txt"
     words = [bytes([i]) for i in range(256)] + [b"ab", b"abc", "\u00e9".encode(), b"a b"]
-    lines = [f"{i + 1} {w.decode() if w.isascii() else w!r} {len(w)}" if False else f"{i + 1} {w!r} {len(w)}" for i, w in enumerate(words)]
+    lines = [f"{i + 1} {w!r} {len(w)}" for i, w in enumerate(words)]
     rwkv.write_text("\n".join(lines) + "\n")
     tok = gpt2.Tokenizer(str(rwkv))
     assert tok.encode("abcab\u00e9a b").tolist() == [258, 257, 259, 260] and tok.vocab == 512
@@ -611,12 +618,11 @@ def test_help_names_every_flag(capsys):
     assert e.value.code == 0 and all(gpt2.flag(f.name) in text for f in dataclasses.fields(Config))
 
 
-def test_bf16_is_chosen_by_measuring(monkeypatch):
+def test_bf16_is_chosen_by_measuring():
     """auto asks the machine, and says why; whichever it takes, the words have the numbers or the reason."""
     model = Model(Config(**TINY))
     cast, why = gpt2.bf16_pays(torch.device("cpu"), model, (tokens(), tokens()))
     assert isinstance(cast, bool) and why.startswith("auto: ")
     assert all(p.grad is None for p in model.parameters())
-    start_time = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16):
-        assert model(tokens(), tokens()).dtype == torch.float32 and time.perf_counter() > start_time
+        assert model(tokens(), tokens()).dtype == torch.float32
