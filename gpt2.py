@@ -312,12 +312,14 @@ class Model(nn.Module):
         load_strict(model, tensors, path)
         return model
 
-    def save_pretrained(self, folder):
-        """model.safetensors and config.json, as on the hub: GPT2LMHeadModel.from_pretrained(folder) loads them."""
-        write_weights(folder, self.state_dict(), self.hf_config())
+    def save_pretrained(self, folder, tensors=None, **how):
+        """model.safetensors and config.json, as on the hub: GPT2LMHeadModel.from_pretrained(folder) loads them.
+        tensors: the state dict where it was gathered elsewhere; how: see write_weights."""
+        write_weights(folder, self.state_dict() if tensors is None else tensors, self.hf_config(), **how)
 
 
 HUB = {"gpt2": "openai-community/gpt2"} | {f"gpt2-{s}": f"openai-community/gpt2-{s}" for s in ("medium", "large", "xl")}
+TOK = {50257: "gpt2", 50304: "gpt2"}  # tokenizer of a checkpoint that brings none, by its rows (nanoGPT pads to 50304)
 
 
 def read_llmc(path):
@@ -352,7 +354,10 @@ def read_llmc(path):
 # ----- cli (shared) -----
 ME = Path(__file__).stem
 CHOICES = dict(optim=["adamw", "muon", "adamw8bit"], dtype=["auto", "fp32", "bf16"], device=["cpu", "cuda", "mps"])
-POSITIVE = "layers heads dim seq batch accum steps lr eval_every eval_iters log_every tokens".split()
+NAMES = [f.name for f in fields(Config)]
+SIZES = NAMES[: NAMES.index("preset")]  # the fields that describe the model; the others describe the run
+POSITIVE = "seq batch accum steps lr eval_every eval_iters log_every tokens".split()
+POSITIVE += [f.name for f in fields(Config) if f.name in SIZES and f.default]
 FRACTION = "dropout beta2 lr_end".split()
 
 
@@ -372,13 +377,14 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     p.error = bad
     for f in fields(Config):
-        how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="X")
+        how = dict(type=f.type, metavar="X") if f.type is not list else dict(nargs="+", metavar="X")
+        how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else how
         p.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{notes[f.name]}  [{f.default!r}]", **how)
     given = vars(p.parse_args(argv))
     for k, v in given.items():
         if k in CHOICES and v not in CHOICES[k]:
             bad(f"{flag(k)} {v}: one of {', '.join(CHOICES[k])}")
-        if isinstance(v, (int, float)) and not (0 < v < math.inf if k in POSITIVE else 0 <= v < math.inf):
+        if type(v) in (int, float) and not (0 < v < math.inf if k in POSITIVE else 0 <= v < math.inf):
             bad(f"{flag(k)} {v}: must be {'positive' if k in POSITIVE else '0 or more'}")
         if k in FRACTION and v > 1 or k in ("dropout", "beta2") and v == 1 or k == "top_p" and not 0 < v <= 1:
             bad(f"{flag(k)} {v}: must be between 0 and 1")
@@ -393,7 +399,7 @@ def parse(argv=None):
 
 # ----- data (shared) -----
 class Tokenizer:
-    """encode: str -> array of ids, decode: ids -> str. kind: char | byte | gpt2 | path of a tokenizer.json or RWKV vocabulary."""
+    """encode: str -> array of ids, decode: ids -> str. kind: char | byte | gpt2 | a tokenizer.json, or its hub name | a RWKV vocabulary."""
 
     def __init__(self, kind, chars=""):
         self.kind, self.chars = kind, chars  # chars: the sorted characters of kind char; an id is a place among them
@@ -409,10 +415,10 @@ class Tokenizer:
                 bpe = tiktoken.get_encoding("gpt2")
                 self.vocab, self.decode = bpe.n_vocab, bpe.decode
                 self.encode = lambda text: np.array(bpe.encode_ordinary(text), np.int64)
-            elif kind.endswith(".json"):
+            elif kind.endswith(".json") or re.fullmatch(r"[\w.-]+/[\w.-]+", kind) and not Path(kind).exists():
                 import tokenizers
 
-                hf = tokenizers.Tokenizer.from_file(kind)
+                hf = (tokenizers.Tokenizer.from_file if kind.endswith(".json") else tokenizers.Tokenizer.from_pretrained)(kind)
                 self.vocab, self.decode = hf.get_vocab_size(), hf.decode
                 self.encode = lambda text: np.array(hf.encode(text, add_special_tokens=False).ids, np.int64)
             elif Path(kind).is_file():  # RWKV: each line is an id, the token as a Python literal, and its length
@@ -574,6 +580,17 @@ def load_data(cfg, given, tok):
 # ----- end -----
 
 
+# ----- schedule (shared) -----
+def schedule(step, cfg):
+    """-> factors of --lr and --wd: linear warm-up to 1, then half a cosine down to lr_end; the decay stays."""
+    r = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+    lr = (step + 1) / (cfg.warmup + 1) if r < 0 else cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * r))
+    return lr, 1.0
+
+
+# ----- end -----
+
+
 # ----- optimizer (shared) -----
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step, 0.2 sqrt(max(m, n)) (Liu et al. 2025, arXiv:2502.16982).
@@ -593,10 +610,10 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
                     self.state[p].setdefault("momentum", torch.zeros_like(p))
-            for (m, n), ps in shapes.items():
+            for (*_, m, n), ps in shapes.items():
                 grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
                 torch._foreach_lerp_(M, grads, 1 - group["momentum"])
-                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"]))  # (k, m, n), Nesterov's look ahead
+                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).view(-1, m, n)  # Nesterov's look ahead
                 X = X.bfloat16() if X.is_cuda else X
                 X = X.mT if m > n else X
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -605,12 +622,12 @@ class Muon(torch.optim.Optimizer):
                     X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
                 X = X.mT if m > n else X
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(ps, list(X.to(ps[0].dtype)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
+                torch._foreach_add_(ps, list(X.to(ps[0].dtype).view(-1, *ps[0].shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
 
 
 def make_optimizers(model, cfg):
     """[AdamW], or [Muon for the groups that the model marks as `matrix`, AdamW for the rest]."""
-    groups = [{"lr_scale": 1.0, "matrix": False} | g for g in model.param_groups(cfg.wd)]
+    groups = [{"lr_scale": 1.0, "matrix": False, "wd": g["weight_decay"]} | g for g in model.param_groups(cfg.wd)]
     held = sorted(id(p) for g in groups for p in g["params"])
     assert held == sorted(id(p) for p in model.parameters() if p.requires_grad), "every parameter is in one group"
     how = dict(lr=cfg.lr, betas=(0.9, cfg.beta2))
@@ -630,12 +647,11 @@ def make_optimizers(model, cfg):
 
 
 def set_lr(optimizers, step, cfg):
-    """Linear warm-up to lr, then half a cosine down to lr_end * lr; a group's lr_scale multiplies it."""
-    r = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
-    now = (step + 1) / (cfg.warmup + 1) if r < 0 else cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * r))
+    """lr and weight decay of this step: what the groups began with, times schedule(); a group's lr_scale multiplies its lr."""
+    lr, wd = schedule(step, cfg)
     for group in (g for o in optimizers for g in o.param_groups):
-        group["lr"] = cfg.lr * now * group["lr_scale"]
-    return cfg.lr * now
+        group["lr"], group["weight_decay"] = cfg.lr * lr * group["lr_scale"], group["wd"] * wd
+    return cfg.lr * lr
 
 
 # ----- end -----
@@ -660,13 +676,16 @@ def write_weights(folder, tensors, config, name="model.safetensors", step=None):
 
 
 def find_checkpoint(source):
-    """A folder, a file, or the name of a model on the Hugging Face hub, which is downloaded once -> Path."""
+    """A folder, a file, or a model's name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
     if Path(source).exists():
         return Path(source)
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import hf_hub_download, snapshot_download
 
-        return Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
+        if len(parts := source.split("/")) > 2:
+            return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+        path = Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
+        return path if [*path.glob("*.safetensors")] else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"]))
     except Exception as e:  # no such name, no network, no library
         bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); a hub name is owner/name")
 
@@ -719,7 +738,7 @@ def save(cfg, model, optimizers, tok, step, best):
         states = [functools.partial(D.get_optimizer_state_dict, model, o, options=how) for o in optimizers]
     weights, states = weights(), [s() for s in states]
     if int(os.environ.get("RANK", 0)) == 0:
-        write_weights(cfg.out, weights, model.hf_config(), "model.safetensors.new", step)
+        model.save_pretrained(cfg.out, weights, name="model.safetensors.new", step=step)
         kind = dict(tok=tok.kind, chars=tok.chars)
         write_file(f"{cfg.out}/tok.json", lambda tmp: Path(tmp).write_text(json.dumps(kind)))
         state = dict(config=asdict(cfg), optimizers=states, step=step, best=best)
@@ -744,14 +763,14 @@ def load_run(out):
 
 
 def load_tokenizer(path, vocab):
-    """The tokenizer beside a checkpoint; one without has GPT-2's if its vocabulary is as large."""
+    """The tokenizer beside a checkpoint; without one the family's, where the vocabulary is its; or None."""
     folder = path if path.is_dir() else path.parent
     if (folder / "tok.json").is_file():
         kind = json.loads((folder / "tok.json").read_text())
         return Tokenizer(kind["tok"], kind["chars"])
     if (folder / "tokenizer.json").is_file():
         return Tokenizer(str(folder / "tokenizer.json"))
-    return Tokenizer("gpt2") if 50257 <= vocab <= 50304 else None
+    return Tokenizer(TOK[vocab]) if vocab in TOK else None
 
 
 # ----- end -----
@@ -918,7 +937,7 @@ def train(cfg, given, model, tok, state):
             peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mb()
             v = repr(val) if due and not halt else ""
             log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr, repr(norm.item()), f"{speed:.0f}"))
-            shown = f" | val {val:.4f}" if v else ""
+            shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
             say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
                 f"{speed:,.0f} tok/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
     if halt:
@@ -959,7 +978,7 @@ def draw(logits, cfg, generator):
 
 @torch.inference_mode()
 def generate(model, tokens, cfg):
-    """tokens (1, T) -> yields cfg.tokens ids one by one; each costs one step() with the cache or state."""
+    """tokens (1, T) -> yields cfg.tokens times the next id and the cache or state; each costs one step()."""
     model.eval()
     generator = torch.Generator(tokens.device).manual_seed(cfg.seed)
     limit = model.context or math.inf  # a recurrent model has none
@@ -971,7 +990,7 @@ def generate(model, tokens, cfg):
         held += new.shape[1]
         new = draw(logits, cfg, generator)
         seen = torch.cat([seen, new], 1) if model.context else new
-        yield new.item()
+        yield new.item(), state
     model.train()
 
 
@@ -981,13 +1000,25 @@ def show(cfg, model, tok, ids):
         bad("--sample: the text is empty, or has a token that the model does not know")
     print(tok.decode(ids.tolist()), end="", flush=True)
     ids = torch.from_numpy(ids.astype(np.int64))[None]  # (1, T)
-    waiting = []
-    for i in generate(model, ids.to(next(model.parameters()).device), cfg):
+    waiting, start = [], time.perf_counter()
+    for i, state in generate(model, ids.to(next(model.parameters()).device), cfg):
         waiting += [i] if i < tok.vocab else []  # a padded head can name tokens that do not exist
         if not (piece := tok.decode(waiting)).endswith("\ufffd") or len(waiting) > 8:
             print(piece, end="", flush=True)
             waiting = []
     print(tok.decode(waiting), flush=True)
+    size, speed = sum(v.nbytes for v in state.values() if torch.is_tensor(v)), cfg.tokens / (time.perf_counter() - start)
+    print(f"[{cfg.tokens:,} tokens, {speed:,.0f} a second, {size:,} bytes of state]", file=sys.stderr)
+
+
+def sample(cfg, model, tok):
+    if tok is None:
+        bad("--sample: the checkpoint has no tokenizer; --tok names one")
+    show(cfg, model, tok, tok.encode(cfg.sample))
+
+
+SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from, and flags that ask something of it
+ACTIONS = dict(sample=sample)
 
 
 # ----- end -----
@@ -996,26 +1027,26 @@ def show(cfg, model, tok, ids):
 # ----- main (shared) -----
 def main(argv=None):
     preset, given = parse(argv)
-    names = [f.name for f in fields(Config)]
-    sizes = names[: names.index("preset")]  # the fields that describe the model; the rest describes the run
-    out, source, model, tok, state = given.get("out", preset["out"]), given.get("init"), None, None, None
-    if given.get("resume") or "sample" in given and not source:
-        state, wanted = load_run(out), "resume" if given.get("resume") else "sample"
-        if source or state is None and (wanted == "resume" or not Path(out, "config.json").is_file()):
-            bad(f"--{wanted}: " + ("--init starts another run: one of the two" if source else f"no run in {out}; --out names its folder"))
-        source, preset = out, preset | {k: v for k, v in (state or {}).get("config", {}).items() if k in names} | dict(out=out)
+    origin = next((k for k in SOURCES if given.get(k)), None)
+    action = next((k for k in ACTIONS if given.get(k, False) is not False), None)
+    out, source, model, tok, state = given.get("out", preset["out"]), given.get(origin), None, None, None
+    if given.get("resume") or action and not origin:
+        state, wanted = load_run(out), "resume" if given.get("resume") else action
+        if origin or state is None and (wanted == "resume" or not Path(out, "config.json").is_file()):
+            reason = f"{flag(origin)} starts another run: one of the two" if origin else f"no run in {out}; --out names its folder"
+            bad(f"{flag(wanted)}: {reason}")
+        kept = {k: v for k, v in (state or {}).get("config", {}).items() if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
+        origin, source, preset = "init", out, preset | kept | dict(out=out)
     if source:
-        model = Model.from_pretrained(source, **{k: given[k] for k in sizes if k in given})
+        model = SOURCES[origin](source, **{k: v for k, v in given.items() if k not in SOURCES})
+        source = source if isinstance(source, str) else source[0]
         tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), model.cfg.vocab)
-        preset |= {k: getattr(model.cfg, k) for k in sizes}
-    cfg = Config(**preset | dict(init="", resume=False, sample="") | given)
-    if "sample" not in given:
+        preset |= {k: getattr(model.cfg, k) for k in SIZES}
+    cfg = Config(**preset | given)
+    if not action:
         return train(cfg, given, model, tok, state if cfg.resume else None)
-    if tok is None and not cfg.tok:
-        bad(f"--sample: {source} has no tokenizer; --tok names one")
     device, _, _ = pick_device(cfg)
-    tok = tok or Tokenizer(cfg.tok)
-    show(cfg, model.to(device), tok, tok.encode(cfg.sample))
+    ACTIONS[action](cfg, model.to(device), tok or (Tokenizer(cfg.tok) if cfg.tok else None))
 
 
 if __name__ == "__main__":

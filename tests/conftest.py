@@ -12,7 +12,16 @@ if PARALLEL:  # workers share the cores: one thread each
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 if PARALLEL:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def text(tmp_path):
+    """The path of a small text with something to learn."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"{a} times {b} is {a * b}.\n" for a in range(60) for b in range(20)))
+    return str(path)

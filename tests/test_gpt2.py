@@ -1,38 +1,26 @@
 """gpt2.py against transformers' GPT-2, against itself in every form, and as a program that people start, stop and misuse."""
 
-import contextlib
-import csv
 import dataclasses
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import house
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from house import ROOT, error, finish, losses, overfit, randomised, start, tokens
 from safetensors.torch import load_file, save_file
 
 import gpt2
 from gpt2 import Config, Model
 
-ROOT = Path(__file__).parent.parent
 TINY = dict(layers=2, heads=2, dim=16, seq=32, vocab=50)
 RUN = ["--layers", "2", "--heads", "2", "--dim", "32", "--seq", "32", "--batch", "4", "--eval-iters", "2", "--tokens", "20"]
-
-
-def randomised(model, std=0.3):
-    """Biases and norms too: the usual initialisation leaves them 0 and 1, which hides errors."""
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * std)
-    return model
 
 
 def oracle(folder=None):
@@ -42,37 +30,6 @@ def oracle(folder=None):
         return GPT2LMHeadModel.from_pretrained(folder).eval()
     c = GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=50, n_positions=32, bos_token_id=1, eos_token_id=1)
     return randomised(GPT2LMHeadModel(c)).eval()
-
-
-def tokens(B=3, T=17, V=50):
-    return torch.randint(V, (B, T), generator=torch.Generator().manual_seed(1))
-
-
-def error(a, b):
-    return ((a - b).norm() / b.norm()).item()
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("".join(f"{a} times {b} is {a * b}.\n" for a in range(60) for b in range(20)))
-    return str(path)
-
-
-def start(args, cwd=ROOT, env=None, torchrun=0, **how):
-    head = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={torchrun}"] if torchrun else [sys.executable]
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "KERNELS")} | {"OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.Popen([*head, "gpt2.py", *args], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
-
-
-def finish(process):
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, out
-    return out
-
-
-def losses(folder):
-    return {int(r["step"]): (r["loss"], r["val"]) for r in csv.DictReader(open(Path(folder) / "log.csv"))}
 
 
 # ---------------------------------------------------------------- the model
@@ -183,14 +140,14 @@ def test_greedy_equals_transformers(tmp_path):
     x = tokens(B=1, T=4)
     want = theirs.generate(x, max_new_tokens=28, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 4:].tolist()
     cfg = Config(temp=0, tokens=28)
-    assert list(gpt2.generate(Model.from_pretrained(tmp_path), x, cfg)) == want
+    assert [i for i, _ in gpt2.generate(Model.from_pretrained(tmp_path), x, cfg)] == want
 
 
 def test_generates_past_the_context():
     model = randomised(Model(Config(**TINY)))
-    ids = list(gpt2.generate(model, tokens(B=1, T=40), Config(tokens=100, seed=3)))
+    ids = [i for i, _ in gpt2.generate(model, tokens(B=1, T=40), Config(tokens=100, seed=3))]
     assert len(ids) == 100 and max(ids) < 50
-    assert ids == list(gpt2.generate(model, tokens(B=1, T=40), Config(tokens=100, seed=3))), "a seed gives one sample"
+    assert ids == [i for i, _ in gpt2.generate(model, tokens(B=1, T=40), Config(tokens=100, seed=3))], "a seed gives one sample"
 
 
 def test_draw():
@@ -257,25 +214,6 @@ def test_muon():
 
 
 # ---------------------------------------------------------------- training
-def overfit(n=10, B=4, T=32, **flags):
-    torch.manual_seed(0)
-    cfg = Config(**TINY | dict(vocab=65), lr=1e-2, warmup=2, steps=3 * n, **flags)
-    model = Model(cfg)
-    optimizers = gpt2.make_optimizers(model, cfg)
-    g = torch.Generator().manual_seed(2)
-    x = torch.randint(65, (B, T), generator=g)
-    found = []
-    for step in range(n):
-        gpt2.set_lr(optimizers, step, cfg)
-        loss = model(x, x.roll(-1, 1))
-        loss.backward()
-        for o in optimizers:
-            o.step()
-            o.zero_grad()
-        found.append(loss.item())
-    return found
-
-
 RECORDED = dict(
     adamw=[4.1791, 4.1157, 4.0433, 3.9639, 3.8733, 3.7754, 3.6832, 3.5880, 3.4920, 3.3991],
     muon=[4.1791, 4.1262, 4.0560, 3.9586, 3.8677, 3.7792, 3.6848, 3.5891, 3.4971, 3.4072],
@@ -285,7 +223,7 @@ RECORDED = dict(
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 def test_recorded_losses(optim):
     """Ten steps on one batch, as recorded: a change of the maths, the initialisation or the schedule shows here."""
-    found = overfit(optim=optim)
+    found = overfit(gpt2, heads=2, optim=optim)
     assert all(abs(a - b) < 2e-4 for a, b in zip(found, RECORDED[optim], strict=True)), found
 
 
@@ -307,9 +245,9 @@ class Products(torch.utils._python_dispatch.TorchDispatchMode):
 
 def test_every_flop_in_our_kernels(monkeypatch):
     """With KERNELS=triton ten whole steps, optimizer included, give plain PyTorch's losses and call none of its products."""
-    small = dict(B=2, T=16, optim="adamw")
+    small = dict(B=2, T=16, heads=2, optim="adamw")
     with Products() as products:
-        plain = overfit(**small)
+        plain = overfit(gpt2, **small)
     assert {"aten::addmm", "aten::mm", "aten::_fused_adamw_"} <= products.seen, "the check sees PyTorch's own"
     import kernels.adamw
     import kernels.attention
@@ -320,7 +258,7 @@ def test_every_flop_in_our_kernels(monkeypatch):
     for op in (kernels.adamw, kernels.attention, kernels.cross_entropy, kernels.matmul, kernels.norm):
         monkeypatch.setattr(op, "KERNELS", "triton")
     with Products() as products:
-        ours = overfit(**small)
+        ours = overfit(gpt2, **small)
     assert not products.seen, products.seen
     assert all(abs(a - b) < 1e-4 for a, b in zip(ours, plain, strict=True)), (ours, plain)
 
@@ -426,19 +364,7 @@ def test_alone(tmp_path, text):
 
 def test_alone_gives_the_same_losses(text):
     """The definitions in the file and the operations in kernels/ are the same maths."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("gpt2_alone", ROOT / "gpt2.py")
-    alone = importlib.util.module_from_spec(spec)
-    hidden = {k: sys.modules.pop(k) for k in list(sys.modules) if k.split(".")[0] == "kernels"}
-    sys.modules["kernels"] = None  # an import of it fails
-    sys.modules["gpt2_alone"] = alone
-    try:
-        with contextlib.suppress(ModuleNotFoundError):
-            spec.loader.exec_module(alone)
-    finally:
-        del sys.modules["kernels"]
-        sys.modules.update(hidden)
+    alone = house.alone("gpt2.py")
     model = randomised(Model(Config(**TINY)), 0.1)
     other = alone.Model(alone.Config(**TINY))
     other.load_state_dict(model.state_dict())
