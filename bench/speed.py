@@ -1,34 +1,32 @@
 """Speed of a file against its peers: training steps and generation, in turns in one process, as a ratio with its spread.
 
-    python bench/speed.py gpt2.py --peers ../peers          peers/nanoGPT and peers/minGPT are checkouts; transformers is a package
-    python bench/speed.py gpt2.py --peers ../peers --only small      one of: small large generate
+    python bench/speed.py gpt2.py --peers ../peers                   what must be in that folder: bench/peers.py
+    python bench/speed.py mamba.py --version 2 --only large          one of: small large generate; the file's own flags are allowed
+    python bench/speed.py rwkv.py --only length                      time per token and memory of a step against T; no peers
 
 Each round runs every contestant for a few steps, in an order that changes; a contestant's time is its median step, the ratio
 is taken within a round, and its median and its range over the rounds are printed. `peak` is the share of the machine's own
-matrix product rate (1024 x 1024, same dtype) that the step's products reach. Nothing else may run on the machine meanwhile.
+matrix product rate (1024 x 1024, same dtype) that the step's products reach; `MB` the most that tensors hold during a step
+(peak_of in bench/memory.py), optimizer states included. Nothing else may run on the machine meanwhile.
 """
 
 import argparse
-import importlib.util
+import ctypes
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-SIZES = dict(small=dict(layers=4, heads=4, dim=128, seq=64, batch=12), large=dict(layers=6, heads=6, dim=384, seq=256, batch=8))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from memory import Tracker, peak_of  # noqa: E402
+from peers import PEERS, SPEAKERS, VOCAB, load  # noqa: E402
 
-
-def load(path, name):
-    """A module from a file, without its folder on sys.path."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+SIZES = dict(small=dict(layers=4, dim=128, heads=4, seq=64, batch=12), large=dict(layers=6, dim=384, heads=6, seq=256, batch=8))
+DTYPES = {False: torch.float32, True: torch.bfloat16}
 
 
 def matmul_peak(dtype):
@@ -41,95 +39,24 @@ def matmul_peak(dtype):
     return 2 * 1024**3 / min(times)
 
 
-def flops(c):
-    """Of a training step's products: 6 per weight and token, and attention's, whole as the usual counts have it."""
-    weights = 12 * c["layers"] * c["dim"] ** 2 + 65 * c["dim"]
-    return c["batch"] * c["seq"] * (6 * weights + 12 * c["layers"] * c["dim"] * c["seq"])
+def configure(module, size, flags):
+    """-> the file's Config at this size; heads are asked for where the file has them."""
+    _, given = module.parse(flags)
+    return module.Config(**{k: v for k, v in dict(vocab=VOCAB, optim="adamw", **size).items() if k in module.NAMES} | given)
 
 
-def ours(size, file):
-    """This file's step: forward, backward, clipping, optimizer."""
-    module = load(ROOT / file, Path(file).stem)
-    torch.manual_seed(0)
-    cfg = module.Config(**size, vocab=65)
-    model = module.Model(cfg)
-    optimizers = module.make_optimizers(model, cfg)
-    params = list(model.parameters())
+def stepper(loss, optimizers, bf16):
+    """A training step: forward, backward, clipping, optimizer."""
+    params = [p for o in optimizers for g in o.param_groups for p in g["params"]]
 
     def step(x, y):
-        model(x, y).backward()
+        with torch.autocast("cpu", torch.bfloat16, bf16):
+            value = loss(x, y)
+        value.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         for o in optimizers:
             o.step()
             o.zero_grad(set_to_none=True)
-
-    return step
-
-
-def nanogpt(size, peers):
-    """As nanoGPT's train.py does it on a CPU: no dropout, biases off as in its character recipe."""
-    m = load(Path(peers) / "nanoGPT" / "model.py", "nanogpt_model")
-    torch.manual_seed(0)
-    c = m.GPTConfig(block_size=size["seq"], vocab_size=65, n_layer=size["layers"], n_head=size["heads"], n_embd=size["dim"], dropout=0.0, bias=False)
-    model = m.GPT(c)
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-
-    def step(x, y):
-        model(x, y)[1].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-def mingpt(size, peers):
-    sys.path.insert(0, str(Path(peers) / "minGPT"))
-    from mingpt.model import GPT
-    from mingpt.trainer import Trainer
-
-    torch.manual_seed(0)
-    c = GPT.get_default_config()
-    c.model_type, c.vocab_size, c.block_size = None, 65, size["seq"]
-    c.n_layer, c.n_head, c.n_embd = size["layers"], size["heads"], size["dim"]
-    c.embd_pdrop = c.resid_pdrop = c.attn_pdrop = 0.0
-    model = GPT(c)
-    optimizer = model.configure_optimizers(Trainer.get_default_config())
-
-    def step(x, y):
-        loss = model(x, y)[1]
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-
-    return step
-
-
-def huggingface(size):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    c = GPT2Config(n_layer=size["layers"], n_head=size["heads"], n_embd=size["dim"], n_positions=size["seq"], vocab_size=65)
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(c)
-
-
-def transformers(size, peers):
-    model = huggingface(size).train()
-    for m in model.modules():
-        if isinstance(m, torch.nn.Dropout):
-            m.p = 0.0
-    model.config.attn_pdrop = 0.0
-    for block in model.transformer.h:
-        block.attn.attn_dropout.p = 0.0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
-
-    def step(x, y):
-        logits = model(x).logits
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
     return step
 
@@ -151,69 +78,124 @@ def rounds(contestants, steps, n):
     return found
 
 
-def table(title, found, ours, unit, peak=None):
-    print(f"\n{title}\n\n| | {unit} (median) | ours is faster by (range over rounds) |" + (" matmul peak |" if peak else ""))
-    print("|---|---|---|" + ("---|" if peak else ""))
+def table(title, found, ours, unit, more=None):
+    """more: heading -> {name: text}."""
+    more = more or {}
+    print(f"\n{title}\n\n| | {unit} (median) | ours is faster by (range over rounds) |" + "".join(f" {k} |" for k in more))
+    print("|---|---|---|" + "---|" * len(more))
     for k, t in found.items():
         ratios = sorted(b / a for a, b in zip(found[ours], t))
-        print(f"| {k} | {statistics.median(t) * 1e3:.1f} | {statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f}) |"
-              + (f" {peak / statistics.median(t):.0%} |" if peak else ""), flush=True)  # fmt: skip
+        cells = "".join(f" {m.get(k, '')} |" for m in more.values())
+        print(f"| {k} | {statistics.median(t) * 1e3:.1f} | {statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f}) |{cells}", flush=True)
 
 
-def train(name, file, peers, n, bf16):
+def train(name, module, me, flags, peers, n, bf16):
     size = SIZES[name]
-    x = torch.randint(65, (size["batch"], size["seq"]))
-    y = x.roll(-1, 1)
-    made = {file: ours(size, file)}
-    if peers:
-        made["nanoGPT"], made["minGPT"] = nanogpt(size, peers), mingpt(size, peers)
-    made["transformers"] = transformers(size, peers)
-
-    def call(step):
-        with torch.autocast("cpu", torch.bfloat16, bf16):
-            step(x, y)
-
-    found = rounds({k: (lambda f=f: call(f)) for k, f in made.items()}, 20 if name == "small" else 4, n)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    shape = f"{size['layers']} x {size['dim']}, T = {size['seq']}, B = {size['batch']}, {'bf16 autocast' if bf16 else 'fp32'}"
-    table(f"Training step, {shape}", found, file, "ms", flops(size) / matmul_peak(dtype))
-
-
-def generate(file, n):
-    """Greedy, batch 1, with the cache, 200 tokens after 20; the same weights, and the same tokens must come out."""
-    size = SIZES["large"]
-    theirs = huggingface(size).eval()
-    module = load(ROOT / file, Path(file).stem)
-    cfg = module.Config(**{k: v for k, v in size.items() if k != "batch"}, vocab=65, temp=0, tokens=200)
+    x = torch.randint(VOCAB, (size["batch"], size["seq"]))
+    y, made = x.roll(-1, 1), {}
+    cfg = configure(module, size, flags)
+    torch.manual_seed(0)
     model = module.Model(cfg)
-    model.load_state_dict({k.removeprefix("transformer."): v for k, v in theirs.state_dict().items() if k != "lm_head.weight"})
-    x, said = torch.randint(65, (1, 20)), {}
+    made[me] = stepper(model, module.make_optimizers(model, cfg), bf16)
+    for peer, make in PEERS.get(me, {}).items():
+        torch.manual_seed(0)
+        try:
+            loss, optimizer = make(size | vars(cfg), peers or "peers")
+        except (ImportError, FileNotFoundError) as e:
+            print(f"left out: {peer} ({e})")
+            continue
+        made[peer] = stepper(loss, [optimizer], bf16)
+    held = {k: f"{peak_of(lambda f=f: (f(x, y), f(x, y))) / 2**20:,.0f}" for k, f in made.items()}
+    found = rounds({k: (lambda f=f: f(x, y)) for k, f in made.items()}, 10 if name == "small" else 3, n)
+    with Flops() as flops:
+        model(x, y).backward()
+    peak = flops.total / matmul_peak(DTYPES[bf16])
+    shape = f"{size['layers']} x {size['dim']}, T = {size['seq']}, B = {size['batch']}, {'bf16 autocast' if bf16 else 'fp32'}"
+    table(f"Training step, {shape}", found, me, "ms", {"MB": held, "matmul peak": {me: f"{peak / statistics.median(found[me]):.0%}"}})
 
-    def a():
-        said["ours"] = [i for i, _ in module.generate(model, x, cfg)]
 
-    def b():
-        with torch.inference_mode():
-            y = theirs.generate(x, max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0)
-        said["theirs"] = y[0, 20:].tolist()
+class Flops(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the FLOPs of matrix products and of PyTorch's attention."""
 
-    found = rounds({file: a, "transformers": b}, 1, n)
-    assert said["ours"] == said["theirs"], "not the same tokens"
-    found = {k: [t / 200 for t in ts] for k, ts in found.items()}
-    table("Generation, 6 x 384, batch 1, greedy, with the cache (same tokens)", found, file, "ms a token")
-    print("\n" + ", ".join(f"{k}: {1 / statistics.median(t):.0f} tokens/s" for k, t in found.items()))
+    def __init__(self):
+        super().__init__()
+        from torch.utils.flop_counter import flop_registry
+
+        self.total, self.registry = 0, flop_registry
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in self.registry:
+            self.total += self.registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def generate(module, me, flags, n, count=200):
+    """Greedy, batch 1, with the cache or state, 200 tokens after 20; the same weights, and the same tokens must come out."""
+    cfg = configure(module, SIZES["large"], flags)
+    cfg.temp, cfg.tokens = 0, count
+    torch.manual_seed(0)
+    model = module.Model(cfg).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim >= 2:  # louder than the initialisation, so that the most likely token is not a matter of rounding
+                p.mul_(2)
+    x, said, made = torch.randint(VOCAB, (1, 20)), {}, {}
+
+    def ours():
+        said[me] = [i for i, _ in module.generate(model, x, cfg)]
+
+    made[me] = ours
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for peer, make in SPEAKERS.get(me, {}).items():
+            try:
+                speak = make(folder)
+            except ImportError as e:
+                print(f"left out: {peer} ({e})")
+                continue
+            made[peer] = lambda peer=peer, speak=speak: said.__setitem__(peer, speak(x, count))
+        found = rounds(made, 1, n)
+    agree = {k: next((i for i, (a, b) in enumerate(zip(v, said[me])) if a != b), "all") for k, v in said.items()}
+    speed = {k: f"{count / statistics.median(t):,.0f}" for k, t in found.items()}
+    found = {k: [t / count for t in ts] for k, ts in found.items()}
+    table("Generation, 6 x 384, batch 1, greedy, with the cache or state", found, me, "ms a token", {"tokens/s": speed, "equal tokens": agree})
+
+
+def length(module, me, flags):
+    """2,048 tokens a step whatever T: what grows with T shows in the time per token; memory at batch 1."""
+    print("\nA training step, 6 x 384, 2,048 tokens or one sequence\n\n| T | us a token | MB at batch 1, without weights and states |\n|---|---|---|")
+    for T in (256, 512, 1024, 2048, 4096):
+        cfg = configure(module, SIZES["large"] | dict(seq=T, batch=max(1, 2048 // T)), flags)
+        torch.manual_seed(0)
+        model = module.Model(cfg)
+        step, x = stepper(model, module.make_optimizers(model, cfg), False), torch.randint(VOCAB, (cfg.batch, T))
+        found = rounds({me: lambda: step(x, x.roll(-1, 1))}, 1, 3)[me]
+        x = x[:1]
+        with Tracker() as held:
+            model(x, x.roll(-1, 1)).backward()
+        weights = 2 * sum(p.nbytes for p in model.parameters())
+        print(f"| {T:,} | {statistics.median(found) / cfg.batch / T * 1e6:.0f} | {(held.peak - weights) / 2**20:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("file", choices=["gpt2.py"])
-    p.add_argument("--peers", help="folder with checkouts of nanoGPT and minGPT")
-    p.add_argument("--only", choices=["small", "large", "generate"])
-    p.add_argument("--rounds", type=int, default=7)
+    p.add_argument("file", choices=sorted({k.split()[0] for k in PEERS}))
+    p.add_argument("--peers", help="folder with checkouts")
+    p.add_argument("--only", choices=["small", "large", "generate", "length"])
+    p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--bf16", action="store_true", help="bf16 autocast for all, where the CPU has bf16 units")
-    a = p.parse_args()
-    if a.peers and not (Path(a.peers) / "nanoGPT" / "model.py").is_file():
-        p.exit(2, f"--peers {a.peers}: it has no nanoGPT/model.py\n")
+    a, flags = p.parse_known_args()
+    module, me = load(ROOT / a.file, Path(a.file).stem), a.file
+    me = next((k for k in PEERS if k == f"{a.file} {' '.join(flags)}"), a.file)
+    if sys.platform == "linux":  # for all contestants, what train() does for ours: freed memory is kept for the next step
+        ctypes.CDLL(None).mallopt(-1, 1 << 30)
+        ctypes.CDLL(None).mallopt(-3, 1 << 30)
     print(f"{torch.get_num_threads()} threads, matmul peak {matmul_peak(torch.float32) / 1e9:.0f} GFLOP/s in fp32, {matmul_peak(torch.bfloat16) / 1e9:.0f} in bf16")
     for name in [a.only] if a.only else ["small", "large", "generate"]:
-        generate(a.file, a.rounds) if name == "generate" else train(name, a.file, a.peers, a.rounds, a.bf16)
+        if name == "generate":
+            generate(module, me, flags, a.rounds)
+        elif name == "length":
+            length(module, me, flags)
+        else:
+            train(name, module, me, flags, a.peers, a.rounds, a.bf16)
