@@ -476,6 +476,10 @@ class Stream:
         numbers = np.random.default_rng((cfg.seed, step, micro)).integers(self.first[-1], size=cfg.batch)
         return self.windows(numbers[rank::world])
 
+    def start(self):
+        """What the sample at the end of a run begins with: the first token."""
+        return self.shards[0][:1]
+
     def fixed(self, cfg):
         """The evaluation's windows: all that fit without overlap, or eval_iters batches spread evenly."""
         whole = np.arange(0, self.first[-1], self.seq)
@@ -520,7 +524,7 @@ def prepared(cfg, given, tok):
     return folder
 
 
-def load_data(cfg, given, tok):
+def load_text(cfg, given, tok):
     """-> (training Stream, validation Stream, Tokenizer); sets cfg.tok and cfg.vocab. tok: a checkpoint's, which must fit."""
     folder, text = Path(__file__).parent / "data", None
     cfg.tok = cfg.tok or (tok.kind if tok else "")
@@ -575,6 +579,13 @@ def load_data(cfg, given, tok):
         bad(f"--vocab {cfg.vocab}: the tokenizer {cfg.tok} has {tok.vocab:,} tokens")
     cfg.vocab = cfg.vocab or tok.vocab
     return Stream(parts["train"], cfg, "train"), Stream(parts["val"], cfg, "val"), tok
+
+
+# ----- end -----
+
+
+# ----- load (shared) -----
+load_data = load_text
 
 
 # ----- end -----
@@ -667,12 +678,13 @@ def write_file(path, write):
     os.replace(tmp, path)
 
 
-def write_weights(folder, tensors, config, name="model.safetensors", step=None):
-    """tensors and config.json, as the family's own library loads them."""
+def write_weights(folder, tensors, config, name="model", new="", step=None):
+    """<name>.safetensors and its config, as the family's own library loads them. new, step: see save()."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    write_file(f"{folder}/config.json", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
+    config_name = "config.json" if name == "model" else f"{name.removesuffix('_model')}_config.json"
+    write_file(f"{folder}/{config_name}", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
     tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
-    write_file(f"{folder}/{name}", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
+    write_file(f"{folder}/{name}.safetensors{new}", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
 
 
 def find_checkpoint(source):
@@ -738,25 +750,26 @@ def save(cfg, model, optimizers, tok, step, best):
         states = [functools.partial(D.get_optimizer_state_dict, model, o, options=how) for o in optimizers]
     weights, states = weights(), [s() for s in states]
     if int(os.environ.get("RANK", 0)) == 0:
-        model.save_pretrained(cfg.out, weights, name="model.safetensors.new", step=step)
+        model.save_pretrained(cfg.out, weights, new=".new", step=step)
         kind = dict(tok=tok.kind, chars=tok.chars)
         write_file(f"{cfg.out}/tok.json", lambda tmp: Path(tmp).write_text(json.dumps(kind)))
         state = dict(config=asdict(cfg), optimizers=states, step=step, best=best)
         write_file(f"{cfg.out}/train_state.pt", lambda tmp: torch.save(state, tmp))
-        os.replace(f"{cfg.out}/model.safetensors.new", f"{cfg.out}/model.safetensors")
+        for new in Path(cfg.out).glob("*.safetensors.new"):
+            os.replace(new, new.with_suffix(""))
 
 
 def load_run(out):
     """What save() left in train_state.pt, or None."""
-    path, new = Path(out, "train_state.pt"), Path(out, "model.safetensors.new")
+    path = Path(out, "train_state.pt")
     if not path.is_file():
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if new.is_file():
+        for new in Path(out).glob("*.safetensors.new"):
             with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of train_state.pt's step here
                 if f.metadata()["step"] == str(state["step"]):
-                    os.replace(new, Path(out, "model.safetensors"))
+                    os.replace(new, new.with_suffix(""))
         return state
     except Exception as e:  # a damaged zip, a foreign pickle, a file that is no dict
         bad(f"{path}: damaged, or not of this program ({str(e).splitlines()[0][:120]})")
@@ -946,7 +959,7 @@ def train(cfg, given, model, tok, state):
         val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended before has none yet
         say(f"final val loss {val:.4f}, best {min(best, val):.4f}, after {before + time.perf_counter() - start:.0f} s of training")
         if not cfg.fsdp and rank == 0:
-            show(cfg, model, tok, val_data.shards[0][:1])
+            show(cfg, model, tok, val_data.start())
         say(f"model.safetensors, config.json, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample \"...\"")
     if "RANK" in os.environ:
         dist.destroy_process_group()
@@ -1029,7 +1042,7 @@ def main(argv=None):
     preset, given = parse(argv)
     origin = next((k for k in SOURCES if given.get(k)), None)
     action = next((k for k in ACTIONS if given.get(k, False) is not False), None)
-    out, source, model, tok, state = given.get("out", preset["out"]), given.get(origin), None, None, None
+    out, model, tok, state = given.get("out", preset["out"]), None, None, None
     if given.get("resume") or action and not origin:
         state, wanted = load_run(out), "resume" if given.get("resume") else action
         if origin or state is None and (wanted == "resume" or not Path(out, "config.json").is_file()):
@@ -1037,8 +1050,11 @@ def main(argv=None):
             bad(f"{flag(wanted)}: {reason}")
         kept = {k: v for k, v in (state or {}).get("config", {}).items() if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
         origin, source, preset = "init", out, preset | kept | dict(out=out)
+    else:
+        origin = origin or next((k for k in SOURCES if preset.get(k)), None)
+        source = (preset | given).get(origin)
     if source:
-        model = SOURCES[origin](source, **{k: v for k, v in given.items() if k not in SOURCES})
+        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items() if k not in SOURCES and (k in given or k not in SIZES)})
         source = source if isinstance(source, str) else source[0]
         tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), model.cfg.vocab)
         preset |= {k: getattr(model.cfg, k) for k in SIZES}

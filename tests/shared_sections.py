@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SECTION = re.compile(r"^# ----- (\w+) \(shared\) -----\n.*?^# ----- end -----\n", re.S | re.M)
 # one owner per section: gpt2.py for text and for training, dit.py for images, kernels/norm.py for kernels
-OWNER = {name: "gpt2.py" for name in ("cli", "data", "schedule", "optimizer", "checkpoint", "train", "sample", "main")}
+OWNER = {name: "gpt2.py" for name in ("cli", "data", "load", "schedule", "optimizer", "checkpoint", "train", "sample", "main")}
 OWNER |= {"dispatch": "kernels/norm.py"}
 
 
