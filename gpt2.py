@@ -681,7 +681,7 @@ def write_file(path, write):
 def write_weights(folder, tensors, config, name="model", new="", step=None):
     """<name>.safetensors and its config, as the family's own library loads them. new, step: see save()."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    config_name = "config.json" if name == "model" else f"{name.removesuffix('_model')}_config.json"
+    config_name = f"{name.removesuffix('_model')}_config.json" if name.endswith("_model") else "config.json"
     write_file(f"{folder}/{config_name}", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
     tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
     write_file(f"{folder}/{name}.safetensors{new}", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
@@ -871,6 +871,8 @@ def train(cfg, given, model, tok, state):
         (cast, why), _ = shared = [(cast, why), None]
         dist.broadcast_object_list(shared)
         cast, why = shared[0]
+    if hasattr(model, "prepare"):
+        model.prepare(cast)
     if cfg.fsdp:
         from torch.distributed.fsdp import fully_shard
 
@@ -995,7 +997,7 @@ def generate(model, tokens, cfg):
     model.eval()
     generator = torch.Generator(tokens.device).manual_seed(cfg.seed)
     limit = model.context or math.inf  # a recurrent model has none
-    seen, new, held, state = tokens, tokens, 0, model.init_state(1)
+    seen, new, held, state, stop = tokens, tokens, 0, model.init_state(1), getattr(model, "stop", ())  # ids that end an answer
     for _ in range(cfg.tokens):
         if held + new.shape[1] > limit:  # the context is full: begin again with its later half
             held, new, state = 0, seen[:, -max(1, limit // 2) :], model.init_state(1)
@@ -1003,6 +1005,8 @@ def generate(model, tokens, cfg):
         held += new.shape[1]
         new = draw(logits, cfg, generator)
         seen = torch.cat([seen, new], 1) if model.context else new
+        if new.item() in stop:
+            break
         yield new.item(), state
     model.train()
 
@@ -1013,15 +1017,15 @@ def show(cfg, model, tok, ids):
         bad("--sample: the text is empty, or has a token that the model does not know")
     print(tok.decode(ids.tolist()), end="", flush=True)
     ids = torch.from_numpy(ids.astype(np.int64))[None]  # (1, T)
-    waiting, start = [], time.perf_counter()
-    for i, state in generate(model, ids.to(next(model.parameters()).device), cfg):
+    waiting, count, state, start = [], 0, {}, time.perf_counter()
+    for count, (i, state) in enumerate(generate(model, ids.to(next(model.parameters()).device), cfg), 1):
         waiting += [i] if i < tok.vocab else []  # a padded head can name tokens that do not exist
         if not (piece := tok.decode(waiting)).endswith("\ufffd") or len(waiting) > 8:
             print(piece, end="", flush=True)
             waiting = []
     print(tok.decode(waiting), flush=True)
-    size, speed = sum(v.nbytes for v in state.values() if torch.is_tensor(v)), cfg.tokens / (time.perf_counter() - start)
-    print(f"[{cfg.tokens:,} tokens, {speed:,.0f} a second, {size:,} bytes of state]", file=sys.stderr)
+    size, speed = sum(v.nbytes for v in state.values() if torch.is_tensor(v)), count / (time.perf_counter() - start)
+    print(f"[{count:,} tokens, {speed:,.0f} a second, {size:,} bytes of state]", file=sys.stderr)
 
 
 def sample(cfg, model, tok):

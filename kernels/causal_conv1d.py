@@ -1,0 +1,243 @@
+"""
+Causal depthwise convolution over time, with the SiLU after it: what mixes neighbouring tokens in Mamba, Mamba-2 and others
+    Gu & Dao 2023, arXiv:2312.00752v2, section 3.4 and figure 3 (their package: causal-conv1d)
+
+    a_t = b + sum_i w_i x_{t-W+1+i}      i = 0..W-1; each channel has its own W taps; x_t for t < 0 is `initial`, or 0
+    y_t = a_t sigmoid(a_t)               activation="silu"; None: y = a
+    backward   da = dy sigmoid(a) (1 + a (1 - sigmoid(a)));  dx_t = sum_i w_i da_{t+W-1-i}
+               dw_i = sum_t da_t x_{t-W+1+i};  db = sum_t da_t;  dinitial is dx at the times before 0
+
+Shapes, channels last: x (B, T, E), w (E, W), b (E,), initial (B, W-1, E) -> y (B, T, E) in x's dtype. fp32, bf16 or fp16;
+w and b may be fp32 beside a 16-bit x. x may be some columns of a wider tensor (half of a projection's output): the kernels
+take its strides, there is no copy. All arithmetic is fp32 whatever the tensors are, so autocast changes nothing.
+
+Saved for backward: x, w, b, initial. a is recomputed.
+Bytes: forward reads x and writes y once, which is the floor, backward reads dy and x and writes dx once: a tile asks W times
+(backward 2W-1 times) for overlapping rows, and gets all but the first from the multiprocessor's own cache. Each program of
+backward writes its sums for dw and db, one row for 128 of x, which PyTorch adds up in a fixed order: results repeat bit for
+bit. FLOPs an element: 2W + 5 forward, about W (2W + 12) + 4W backward, since a tile computes a at its own rows and the W-1
+after them W times over; with W = 4 in bf16 memory is still the bound (504 GB/s against 29 TFLOPS).
+"""
+import os
+
+import torch
+
+# ----- dispatch (shared) -----
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on this machine: the plain-PyTorch form serves
+    triton = tl = None
+
+KERNELS = os.environ.get("KERNELS", "")  # ref | torch | triton forces one form; empty: the device decides
+
+
+def form(x):
+    """Which form of the op serves tensor x: "ref", "torch" or "triton"."""
+    if KERNELS == "triton" and triton is None:
+        raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
+    return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+# ----- end -----
+
+
+def causal_conv1d_ref(x, w, b=None, initial=None, activation="silu"):
+    """The definition; fp32 inside, fp64 for fp64."""
+    (B, T, E), W, dtype = x.shape, w.shape[1], torch.promote_types(x.dtype, torch.float32)
+    before = x.new_zeros(B, W - 1, E, dtype=dtype) if initial is None else initial.to(dtype)
+    inputs = torch.cat([before, x.to(dtype)], 1)  # (B, W-1+T, E)
+    a = x.new_zeros(B, T, E, dtype=dtype) if b is None else b.to(dtype).expand(B, T, E)
+    for i in range(W):
+        a = a + w[:, i] * inputs[:, i:i + T]
+    return (torch.nn.functional.silu(a) if activation == "silu" else a).to(x.dtype)
+
+
+class Conv(torch.autograd.Function):
+    """The fast plain-PyTorch form, with zeros before x: W multiply-adds on shifted views, and only x is kept."""
+
+    @staticmethod
+    def conv(x, taps, b):
+        """x (B, T, E), taps (W, E) -> a (B, T, E)"""
+        a = x * taps[-1] if b is None else torch.addcmul(b, x, taps[-1])
+        for k in range(1, len(taps)):  # k steps back in time
+            a[:, k:].addcmul_(x[:, :-k], taps[-1 - k])
+        return a
+
+    @staticmethod
+    def forward(ctx, x, w, b, silu):
+        ctx.save_for_backward(x, w, b)
+        ctx.silu, dtype = silu, torch.promote_types(x.dtype, torch.float32)
+        a = Conv.conv(x.to(dtype), w.t().to(dtype).contiguous(), None if b is None else b.to(dtype))
+        return (torch.nn.functional.silu(a, inplace=True) if silu else a).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, w, b = ctx.saved_tensors
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        h, da, taps = x.to(dtype), dy.to(dtype), w.t().to(dtype).contiguous()  # (W, E)
+        if ctx.silu:
+            da = torch.ops.aten.silu_backward(da, Conv.conv(h, taps, None if b is None else b.to(dtype)))
+        dtaps, ones = torch.empty_like(taps), h.new_ones(h.shape[0] * h.shape[1])
+        total = lambda t: ones[:t.shape[0] * t.shape[1]] @ t.flatten(0, 1)  # over batch and time; sum((0, 1)) takes longer
+        with torch.autocast(x.device.type, enabled=False):
+            dx = da * taps[-1]
+            dtaps[-1] = total(da * h)
+            for k in range(1, len(taps)):
+                dx[:, :-k].addcmul_(da[:, k:], taps[-1 - k])
+                dtaps[-1 - k] = total(da[:, k:] * h[:, :-k])
+            db = None if b is None else total(da).to(b.dtype)
+        return dx.to(x.dtype), dtaps.t().to(w.dtype), db, None
+
+
+def causal_conv1d_torch(x, w, b=None, initial=None, activation="silu"):
+    if initial is None:
+        return Conv.apply(x, w, b, activation == "silu")
+    return Conv.apply(torch.cat([initial.to(x.dtype), x], 1), w, b, activation == "silu")[:, w.shape[1] - 1:]
+
+
+if triton is not None:
+    # A program has BE channels of one sequence and BT rows of time at once. w is (E, W): row e holds a channel's taps.
+
+    @triton.jit
+    def rows_at(x, initial, o_t, o_e, T, E, stride_t, W: tl.constexpr):
+        """Inputs at the times o_t [BT, 1]: x's from 0 on, before that initial's, or 0. x, initial: the sequence's first."""
+        m_e = o_e < E
+        b_x = tl.load(x + o_t * stride_t + o_e, mask=(o_t >= 0) & (o_t < T) & m_e, other=0.0).to(tl.float32)  # [BT, BE]
+        if initial is not None:
+            m = (o_t >= 1 - W) & (o_t < 0) & m_e
+            b_x += tl.load(initial + (o_t + W - 1) * E + o_e, mask=m, other=0.0).to(tl.float32)
+        return b_x
+
+    @triton.jit
+    def conv_rows(x, w, b, initial, o_t, o_e, T, E, stride_t, W: tl.constexpr):
+        """a at the times o_t"""
+        a = rows_at(x, initial, o_t, o_e, T, E, stride_t, W) * tl.load(w + o_e * W + W - 1, mask=o_e < E, other=0.0).to(tl.float32)
+        for k in tl.static_range(1, W):
+            taps = tl.load(w + o_e * W + W - 1 - k, mask=o_e < E, other=0.0).to(tl.float32)  # [1, BE]
+            a += rows_at(x, initial, o_t - k, o_e, T, E, stride_t, W) * taps
+        if b is not None:
+            a += tl.load(b + o_e, mask=o_e < E, other=0.0).to(tl.float32)
+        return a
+
+    @triton.jit
+    def conv_fwd_kernel(x, w, b, initial, y, T, E, stride_b, stride_t, SILU: tl.constexpr, W: tl.constexpr,
+                        BT: tl.constexpr, BE: tl.constexpr):
+        i_b = tl.program_id(2).to(tl.int64)
+        o_t = (tl.program_id(0) * BT + tl.arange(0, BT)[:, None]).to(tl.int64)  # [BT, 1]; t * stride can pass 2^31
+        o_e = tl.program_id(1) * BE + tl.arange(0, BE)[None, :]
+        if initial is not None:
+            initial += i_b * (W - 1) * E
+        a = conv_rows(x + i_b * stride_b, w, b, initial, o_t, o_e, T, E, stride_t, W)
+        if SILU:
+            a = a * tl.sigmoid(a)
+        tl.store(y + i_b * T * E + o_t * E + o_e, a, mask=(o_t < T) & (o_e < E))
+
+    # y = a s, s = sigmoid(a):   da = dy s (1 + a (1 - s)),   dx_t = sum_k w_{W-1-k} da_{t+k},   dw_{W-1-k} = sum_t da_t x_{t-k}
+    # A program has several tiles of time one after the other and holds the sums for dw, and in row W for db. With initial the
+    # times begin at -(W-1), where dx is dinitial and da is 0.
+
+    @triton.jit
+    def conv_bwd_kernel(dy, x, w, b, initial, dx, dinitial, dw, T, E, stride_b, stride_t, SILU: tl.constexpr, W: tl.constexpr,
+                        BT: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, TILES: tl.constexpr):
+        i_b = tl.program_id(2).to(tl.int64)
+        o_e = tl.program_id(1) * BE + tl.arange(0, BE)[None, :]
+        m_e = o_e < E
+        o_w = tl.arange(0, BW)[:, None]
+        b_dw = tl.zeros((BW, BE), tl.float32)
+        x += i_b * stride_b
+        dy += i_b * T * E
+        dx += i_b * T * E
+        first = 0
+        if initial is not None:
+            initial += i_b * (W - 1) * E
+            dinitial += i_b * (W - 1) * E
+            first = 1 - W
+        for i in range(TILES):
+            o_t = (first + (tl.program_id(0) * TILES + i) * BT + tl.arange(0, BT)[:, None]).to(tl.int64)  # [BT, 1]
+            b_dx = tl.zeros((BT, BE), tl.float32)
+            for k in tl.static_range(W):
+                m = (o_t + k >= 0) & (o_t + k < T) & m_e
+                da = tl.load(dy + (o_t + k) * E + o_e, mask=m, other=0.0).to(tl.float32)  # [BT, BE], at t + k
+                if SILU:
+                    a = conv_rows(x, w, b, initial, o_t + k, o_e, T, E, stride_t, W)
+                    s = tl.sigmoid(a)
+                    da *= s * (1 + a * (1 - s))
+                b_dx += da * tl.load(w + o_e * W + W - 1 - k, mask=m_e, other=0.0).to(tl.float32)
+                if k == 0:
+                    for j in tl.static_range(W):
+                        b_x = rows_at(x, initial, o_t - j, o_e, T, E, stride_t, W)
+                        b_dw += tl.where(o_w == W - 1 - j, tl.sum(da * b_x, 0, keep_dims=True), 0.0)
+                    b_dw += tl.where(o_w == W, tl.sum(da, 0, keep_dims=True), 0.0)
+            tl.store(dx + o_t * E + o_e, b_dx, mask=(o_t >= 0) & (o_t < T) & m_e)
+            if initial is not None:
+                tl.store(dinitial + (o_t + W - 1) * E + o_e, b_dx, mask=(o_t < 0) & m_e)
+        i_p = i_b * tl.num_programs(0) + tl.program_id(0)
+        tl.store(dw + (i_p * (W + 1) + o_w) * E + o_e, b_dw, mask=(o_w <= W) & m_e)
+
+    BE, TILES = 64, 16
+    # rows of a tile, forward and backward: 8 and 4 elements a thread, since backward has about six tiles in registers
+    BT_FWD, BT_BWD = 16, 8
+
+    def side_by_side(x):
+        return x if x.stride(2) == 1 else x.contiguous()
+
+    @torch.library.custom_op("kernels::causal_conv1d", mutates_args=())
+    def conv_op(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, initial: torch.Tensor | None,
+                silu: bool) -> torch.Tensor:
+        x, w, initial = side_by_side(x), w.contiguous(), None if initial is None else initial.contiguous()
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        B, T, E = x.shape
+        grid = max(1, triton.cdiv(T, BT_FWD)), triton.cdiv(E, BE), B
+        conv_fwd_kernel[grid](x, w, b, initial, y, T, E, *x.stride()[:2], SILU=silu, W=w.shape[1], BT=BT_FWD, BE=BE, num_warps=4)
+        return y
+
+    @conv_op.register_fake
+    def _(x, w, b, initial, silu):
+        return x.new_empty(x.shape)
+
+    @torch.library.custom_op("kernels::causal_conv1d_bwd", mutates_args=())
+    def conv_bwd_op(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, initial: torch.Tensor | None,
+                    silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> dx, dw with db in a last column (E, W+1) fp32, dinitial (empty without initial)."""
+        x, w, initial = side_by_side(x), w.contiguous(), None if initial is None else initial.contiguous()
+        (B, T, E), W = x.shape, w.shape[1]
+        rows = T if initial is None else T + W - 1
+        grid = max(1, triton.cdiv(rows, BT_BWD * TILES)), triton.cdiv(E, BE), B
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dinitial = x.new_empty(0) if initial is None else torch.empty_like(initial)
+        dw = torch.empty(grid[0] * grid[2], W + 1, E, dtype=torch.float32, device=x.device)
+        conv_bwd_kernel[grid](dy, x, w, b, initial, dx, dinitial, dw, T, E, *x.stride()[:2], SILU=silu, W=W,
+                              BT=BT_BWD, BE=BE, BW=triton.next_power_of_2(W + 1), TILES=TILES, num_warps=4)
+        return dx, dw.sum(0).t().contiguous(), dinitial
+
+    @conv_bwd_op.register_fake
+    def _(dy, x, w, b, initial, silu):
+        dinitial = x.new_empty(0) if initial is None else initial.new_empty(initial.shape)
+        return x.new_empty(x.shape), x.new_empty(w.shape[0], w.shape[1] + 1, dtype=torch.float32), dinitial
+
+    def save_for_backward(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:4])
+        ctx.silu = inputs[4]
+
+    def conv_backward(ctx, dy):
+        x, w, b, initial = ctx.saved_tensors
+        dx, dw, dinitial = conv_bwd_op(dy.contiguous(), x, w, b, initial, ctx.silu)
+        return (dx, dw[:, :-1].to(w.dtype), None if b is None else dw[:, -1].to(b.dtype),
+                None if initial is None else dinitial, None)
+
+    conv_op.register_autograd(conv_backward, setup_context=save_for_backward)
+
+
+def causal_conv1d(x, w, b=None, initial=None, activation="silu"):
+    """x (B, T, E), w (E, W), b (E,), initial (B, W-1, E): the inputs before x (None: zeros); activation "silu" or None
+    -> y (B, T, E) in x's dtype. ValueError: shapes that do not fit, another activation."""
+    shapes = [None if t is None else tuple(t.shape) for t in (x, w, b, initial)]
+    (B, _, E), W = shapes[0], shapes[1][1]
+    if shapes[1][0] != E or shapes[2] not in (None, (E,)) or shapes[3] not in (None, (B, W - 1, E)):
+        raise ValueError(f"causal_conv1d: shapes {shapes}, expected x (B, T, E), w (E, W), b (E,), initial (B, W-1, E)")
+    if activation not in ("silu", None):
+        raise ValueError(f"causal_conv1d: activation {activation!r}, expected 'silu' or None")
+    which = form(x)
+    if which == "triton":
+        return conv_op(x, w, b, initial, activation == "silu")
+    return (causal_conv1d_ref if which == "ref" else causal_conv1d_torch)(x, w, b, initial, activation)

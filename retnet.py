@@ -1,0 +1,1152 @@
+"""
+RetNet: attention without the softmax                Sun et al. 2023, "Retentive Network: A Successor to Transformer for Large
+                                                     Language Models", arXiv:2307.08621v4, in the form of its release, torchscale
+
+Special: without the softmax the sum over the past can be one matrix per head that decays, S. So the same weights train with
+matrix products and generate in constant memory. Each head h forgets at its own fixed rate g = 1 - 2^(-5 - h).
+    q, k, v, z = x Wq, x Wk / sqrt(K), x Wv, x Wz    q and k turned by position n: pair j by the angle n 10000^(-j / (K/2 - 1))
+    recurrent    S_n = g S_(n-1) + k_n^T v_n,  o_n = q_n S_n                                      (eq. 6; S is K x V)
+    parallel     o   = (q k^T * D) v,  D_nm = g^(n - m) for m <= n, else 0                        (eq. 5)
+    chunkwise    parallel inside a chunk, recurrent from one to the next: linear in T             (eq. 7; kernels/retention.py)
+    x += (silu(z) * norm(o)) Wo,  norm: each head's o to length sqrt(V);  x += (silu(x W1) * x Wg) W2 on RMSNorm(x)
+
+Run:     python retnet.py                                       trains on tiny Shakespeare, then prints a sample
+         python retnet.py --form parallel                       the same model in another form (chunkwise, parallel, recurrent)
+         python retnet.py --sample "ROMEO:"                     from out/retnet
+         python retnet.py --init DIR --sample "..."             a torchscale RetNetDecoder: DIR has config.json, with the names of
+                                                                RetNetConfig, and its state_dict as model.safetensors or .bin
+         torchrun --nproc_per_node=2 retnet.py                  the same run on two GPUs
+Expect:  validation losses and minutes are in bench/RESULTS.md, each with its command. No trained weights were ever released.
+Alone:   this file needs PyTorch, numpy and safetensors; with kernels/ beside it, it is faster.
+"""
+
+import argparse
+import ast
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import functools
+import glob
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+
+try:
+    from kernels.activation import swiglu
+    from kernels.cross_entropy import linear_cross_entropy
+    from kernels.matmul import linear
+    from kernels.norm import add_rms_norm, rms_norm
+    from kernels.retention import retention
+except ModuleNotFoundError:  # this file alone: the same operations in plain PyTorch
+
+    def retention(q, k, v, log_decay, initial=None, chunk=128):
+        """The chunkwise form: q, k (B, T, H, K), v (B, T, H, V), log_decay (H,), initial (B, H, K, V) -> o (B, T, H, V), final."""
+        S, o = initial, []
+        for q_c, k_c, v_c in zip(*(u.transpose(1, 2).split(chunk, 2) for u in (q, k, v))):  # each (B, H, c, K or V)
+            i, a = torch.arange(q_c.shape[2], device=q.device), log_decay[:, None, None]
+            decay = torch.exp(a * (i[:, None] - i).clamp(min=0)).tril()  # (H, c, c)
+            o_c = (q_c @ k_c.mT * decay) @ v_c  # what the chunk sees of itself
+            kv = (k_c * torch.exp(a * (len(i) - 1 - i)[:, None])).mT @ v_c  # (B, H, K, V)
+            if S is not None:
+                o_c = o_c + (q_c * torch.exp(a * (i + 1)[:, None])) @ S.to(q.dtype)  # and of what came before it
+                kv = kv + torch.exp(a * len(i)) * S
+            S = kv.float()
+            o.append(o_c)
+        return torch.cat(o, 2).transpose(1, 2).to(v.dtype), S
+
+    def linear_cross_entropy(x, w, targets, ignore_index=-1):
+        """mean of -log softmax(x w^T)[target]; 2048 rows at a time, and again in backward, so that the logits are never whole."""
+        x, targets = x.flatten(0, -2), targets.flatten()
+        total = x.new_zeros((), dtype=torch.float32)
+        for xs, ts in zip(x.split(2048), targets.split(2048)):
+            part = lambda xs, ts: F.cross_entropy(
+                F.linear(xs, w).float(), ts, ignore_index=ignore_index, reduction="sum"
+            )
+            total = total + checkpoint(part, xs, ts, use_reentrant=False)
+        return total / (targets != ignore_index).sum().clamp(min=1)
+
+    def linear(x, w):
+        return F.linear(x, w)
+
+    def rms_norm(x, w, eps=1e-6):
+        return F.rms_norm(x, w.shape, w, eps)
+
+    def add_rms_norm(x, r, w, eps=1e-6):
+        s = x + r
+        return rms_norm(s, w, eps), s
+
+    def swiglu(gate, up):
+        return F.silu(gate) * up
+
+
+@dataclass
+class Config:
+    # the model
+    layers: int = 6  # blocks
+    heads: int = 2  # retention heads H; the key size K is dim / heads, 256 in all official sizes
+    dim: int = 512  # width C of the residual stream
+    value_dim: int = 0  # width E of values and gate, V = E / heads; 0: 27/16 of dim, which most official sizes have
+    ffn_dim: int = 0  # width F inside the feed-forward layer; 0: 27/16 of dim
+    vocab: int = 0  # rows of the embedding; 0: as many as the tokenizer has
+    act: str = "swish"  # of the feed-forward layer: swish (the official sizes), gelu (RetNetConfig's default)
+    scale: bool = True  # multiply the embedding by sqrt(dim), as fairseq's models do
+    tied: bool = False  # the head is the embedding
+    dropout: float = 0.0  # after embedding, retention and feed-forward
+    # the run
+    preset: str = ""  # sizes and schedule together; default: cpu without a GPU, gpu with one
+    seq: int = 256  # tokens of a training window; no limit, neither of the model nor of its state
+    form: str = "chunkwise"  # of retention in training: chunkwise | parallel | recurrent; generation is recurrent
+    data: str = "shakespeare"  # name in data/, .txt or .jsonl file, folder or glob of token shards (nanoGPT's, llm.c's)
+    tok: str = ""  # char | byte | gpt2 | a tokenizer.json | a RWKV vocabulary file; default: what suits the data
+    batch: int = 16  # sequences per micro-step, over all processes together
+    accum: int = 1  # micro-steps whose gradients are summed into one step
+    steps: int = 1000  # optimizer steps
+    lr: float = 6e-4  # peak learning rate
+    lr_end: float = 0.0  # last learning rate, as a fraction of --lr; cosine in between
+    warmup: int = 0  # steps of linear warm-up
+    beta2: float = 0.95  # second moment's decay in AdamW
+    wd: float = 0.1  # weight decay, on matrices only
+    clip: float = 1.0  # largest gradient norm; 0: no clipping
+    optim: str = "adamw"  # adamw | muon (matrices inside blocks; AdamW for the rest) | adamw8bit
+    seed: int = 1337  # of weights, batches and samples
+    device: str = ""  # cpu | cuda | mps; default: the best there is
+    dtype: str = "auto"  # auto (bf16 where it is faster here) | fp32 | bf16 (autocast)
+    compile: bool = False  # torch.compile
+    ckpt: bool = False  # recompute each block in backward instead of keeping its activations
+    fsdp: bool = False  # under torchrun: shard parameters, gradients and optimizer (FSDP2) instead of copying them
+    out: str = ""  # folder of the run; default out/<file>
+    resume: bool = False  # go on with the run in --out, bit for bit
+    init: str = ""  # start from a checkpoint: folder, file or hub name
+    eval_every: int = 250  # steps between evaluations and saves
+    eval_iters: int = 64  # batches of an evaluation; always the same ones
+    log_every: int = 10  # steps between progress lines
+    sample: str = ""  # generate after this text, from --out or --init, instead of training
+    tokens: int = 300  # how many to generate
+    temp: float = 0.8  # temperature; 0: the most likely token
+    top_k: int = 0  # draw from the k most likely; 0: from all
+    top_p: float = 1.0  # draw from the most likely that make up this probability
+
+
+OFFICIAL = dict(seq=2048, vocab=50257, tok="gpt2", data="openwebtext", steps=25_000, warmup=375, beta2=0.98, wd=0.05, eval_every=1000)
+PRESETS = {
+    # about two minutes on two cores
+    "cpu": dict(layers=4, heads=3, dim=96, seq=128, batch=16, steps=1000, lr=1e-2, optim="muon", eval_every=500),
+    # for one 12 GB GPU
+    "gpu": dict(layers=6, heads=3, dim=384, seq=256, batch=64, steps=5000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99, dropout=0.2),
+    # the paper's sizes with the widths of its release; batches of 4M tokens
+    "1.3B": dict(layers=24, heads=8, dim=2048, batch=4, accum=512, lr=6e-4, ckpt=True, **OFFICIAL),
+    "2.7B": dict(layers=32, heads=10, dim=2560, value_dim=4280, ffn_dim=4280, batch=2, accum=1024, lr=4e-4, ckpt=True, **OFFICIAL),
+    "6.7B": dict(layers=32, heads=16, dim=4096, batch=1, accum=2048, lr=3e-4, ckpt=True, **OFFICIAL),
+}  # fmt: skip
+
+
+# The three forms: q, k (B, T, H, K), v (B, T, H, V), a = log g (H,), S (B, H, K, V) or None -> o (B, T, H, V), S after the last token.
+def recurrent(q, k, v, a, S=None):
+    S, o = 0 if S is None else S, []
+    for q_n, k_n, v_n in zip(q.unbind(1), k.unbind(1), v.unbind(1)):  # each (B, H, K or V)
+        # S_n = g S_(n-1) + k_n^T v_n,  o_n = q_n S_n
+        S = a.exp()[:, None, None] * S + k_n[..., :, None] * v_n[..., None, :]  # (B, H, K, V)
+        o.append((q_n[..., None, :] @ S).squeeze(-2))  # (B, H, V)
+    return torch.stack(o, 1), S
+
+
+def parallel(q, k, v, a, S=None):
+    n = torch.arange(q.shape[1], device=q.device)
+    # D_nm = g^(n - m), m <= n;  o = (q k^T * D) v
+    D = torch.exp(a[:, None, None] * (n[:, None] - n).clamp(min=0)).tril()  # (H, T, T)
+    D = D / D.sum(-1, keepdim=True).sqrt()
+    A = torch.einsum("bnhk,bmhk->bhnm", q, k) * D  # (B, H, T, T)
+    A = A / A.detach().abs().sum(-1, keepdim=True).clamp(min=1, max=5e4)
+    return torch.einsum("bhnm,bmhv->bnhv", A.to(v.dtype), v), S
+
+
+FORMS = dict(chunkwise=retention, parallel=parallel, recurrent=recurrent)
+
+# After any of them each head's o is divided by its length, so that a factor on o is gone: but for norm's eps, which sees o as
+# torchscale scales it. There all forms divide by the root of sum_m D_nm, and the parallel one also by sum_m |A_nm| where that is
+# above 1, a constant to the gradient. The first is a series known beforehand, 1 + g + ... + g^n, and dividing o by its root
+# is multiplying eps by it: that is how the recurrence, which keeps o as it is, gives torchscale's result. The second needs
+# every product q k, which a recurrence never has: where it acts the forms differ, by about eps / 2 mean(o^2) of the result.
+EPS = 1e-6
+
+
+def series(a, n):
+    """sum_m D_nm = (1 - g^(n+1)) / (1 - g) for the positions n (T,) -> (T, H, 1)."""
+    n, a = n[:, None, None] + 1.0, a[:, None]
+    return torch.where(a < 0, torch.expm1(n * a) / torch.expm1(a), n)  # a = 0: g is 1 in fp32 from head 20 on
+
+class GatedNorm(torch.autograd.Function):
+    """y = silu(z) * o / sqrt(mean(o^2) + eps) over the heads of o (B, T, H, V), z like o, eps (T, H, 1) or a number.
+
+    With s = silu(z), r = 1 / sqrt(...), u = o r:  do = r (dy s - u mean(dy s u)),  dz = dy u silu'(z). Only o and z are kept."""
+
+    @staticmethod
+    def forward(ctx, o, z, eps):
+        r = torch.linalg.vector_norm(o, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(o.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(o, z, r)  # r: (B, T, H, 1)
+        return F.silu(z).mul_(o).mul_(r)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        o, z, r = ctx.saved_tensors
+        u = o * r
+        dz = torch.ops.aten.silu_backward(dy * u, z)
+        do = F.silu(z).mul_(dy)
+        m = torch.linalg.vecdot(do, u).unsqueeze(-1).div_(-o.shape[-1])  # (B, T, H, 1)
+        return do.addcmul_(u, m).mul_(r), dz, None
+
+
+class Linear(nn.Linear):
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + 1e-6) * weight over the last dimension."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(C))
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, EPS)
+
+
+class RelPos(nn.Module):
+    """What depends on the position and the head only, the same in all layers. Both buffers are in torchscale's state_dict."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        K = cfg.dim // cfg.heads
+        angle = 1.0 / 10000 ** torch.linspace(0, 1, K // 2)  # both ends included: the last is 1e-4
+        self.register_buffer("angle", angle.repeat_interleave(2))  # (K,)
+        self.register_buffer("decay", torch.log(1 - 2.0 ** (-5 - torch.arange(cfg.heads))))  # (H,): log g
+
+    def forward(self, t, T):
+        """-> turn (T, 1, K/2), the complex e^(i n angle) at n = t..t+T-1; a = log g (H,); series (T, H, 1)."""
+        a, n = self.decay.float(), torch.arange(t, t + T, device=self.decay.device, dtype=torch.float32)
+        theta = n[:, None] * self.angle[::2].float()
+        return torch.polar(torch.ones_like(theta), theta)[:, None], a, series(a, n)
+
+
+def rotate(x, turn):
+    """x (B, T, H, K): the neighbours x_2j, x_2j+1 are a complex number, and it is multiplied by turn (T, 1, K/2)."""
+    x = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, K/2)
+    return torch.view_as_real(x * turn).flatten(-2)
+
+
+class MultiScaleRetention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.heads, self.form = cfg.heads, cfg.form
+        self.q_proj = Linear(cfg.dim, cfg.dim)
+        self.k_proj = Linear(cfg.dim, cfg.dim)
+        self.v_proj = Linear(cfg.dim, cfg.value_dim)
+        self.g_proj = Linear(cfg.dim, cfg.value_dim)
+        self.out_proj = Linear(cfg.value_dim, cfg.dim)
+        for p in (self.q_proj, self.k_proj, self.v_proj, self.g_proj):
+            nn.init.xavier_uniform_(p.weight, gain=2**-2.5)
+        nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
+
+    def forward(self, x, pos, S=None):
+        (turn, a, series), form = pos, self.form if S is None else "chunkwise"  # with a state: prefill and generation
+        q, k, v, z = (p(x).unflatten(-1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj, self.g_proj))
+        q, k = rotate(q, turn), rotate(k, turn * q.shape[-1] ** -0.5)  # (B, T, H, K)
+        o, S = FORMS[form](q, k, v, a, S)  # (B, T, H, V)
+        y = GatedNorm.apply(o, z, EPS if form == "parallel" else EPS * series)
+        return self.out_proj(y.flatten(-2).to(x.dtype)), S
+
+
+class GLU(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.act = cfg.act
+        self.fc1 = Linear(cfg.dim, cfg.ffn_dim)
+        self.fc2 = Linear(cfg.ffn_dim, cfg.dim)
+        self.gate = Linear(cfg.dim, cfg.ffn_dim)
+
+    def forward(self, x):
+        u, g = self.fc1(x), self.gate(x)
+        return self.fc2(swiglu(u, g) if self.act == "swish" else F.gelu(u) * g)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.dropout = cfg.dropout
+        self.retention_layer_norm = RMSNorm(cfg.dim)
+        self.retention = MultiScaleRetention(cfg)
+        self.final_layer_norm = RMSNorm(cfg.dim)
+        self.ffn = GLU(cfg)
+
+    def forward(self, x, pos, S=None):
+        r, S = self.retention(self.retention_layer_norm(x), pos, S)
+        r = F.dropout(r, self.dropout, self.training)
+        h, x = add_rms_norm(x, r, self.final_layer_norm.weight, EPS)  # x = x + r, h = final_layer_norm(x), in one pass
+        return x + F.dropout(self.ffn(h), self.dropout, self.training), S
+
+
+class Model(nn.Module):
+    """RetNet with the parameter names of torchscale's RetNetDecoder."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        cfg.value_dim = cfg.value_dim or 27 * cfg.dim // 16 // cfg.heads * cfg.heads
+        cfg.ffn_dim = cfg.ffn_dim or 27 * cfg.dim // 16
+        for name in ("dim", "value_dim"):
+            if getattr(cfg, name) % cfg.heads:
+                bad(f"--heads {cfg.heads}: {flag(name)} {getattr(cfg, name)} must be divisible by it")
+        if cfg.dim // cfg.heads % 2:
+            bad(f"--heads {cfg.heads}: --dim {cfg.dim} / {cfg.heads} must be even, for keys are turned in pairs")
+        for name, choices in (("form", FORMS), ("act", ("swish", "gelu"))):
+            if getattr(cfg, name) not in choices:
+                bad(f"--{name} {getattr(cfg, name)}: one of {', '.join(choices)}")
+        self.cfg = cfg
+        self.context = None  # the state holds any number of tokens
+        self.embed_tokens = nn.Embedding(cfg.vocab, cfg.dim)
+        self.output_projection = Linear(cfg.dim, cfg.vocab)
+        self.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
+        self.layer_norm = RMSNorm(cfg.dim)
+        self.retnet_rel_pos = RelPos(cfg)
+        if cfg.tied:
+            self.output_projection.weight = self.embed_tokens.weight
+        for p in (self.embed_tokens, self.output_projection):
+            nn.init.normal_(p.weight, std=cfg.dim**-0.5)
+
+    def blocks(self, tokens, states=None, t=0):
+        """tokens (B, T) at positions t..t+T-1, states (L, B, H, K, V) or None -> the normed stream (B, T, C), the new states."""
+        x = F.embedding(tokens, self.embed_tokens.weight) * (self.cfg.dim**0.5 if self.cfg.scale else 1.0)  # (B, T, C)
+        x = F.dropout(x, self.cfg.dropout, self.training)
+        pos, new = self.retnet_rel_pos(t, tokens.shape[1]), []
+        for i, layer in enumerate(self.layers):
+            if self.cfg.ckpt and self.training:
+                x, S = checkpoint(layer, x, pos, use_reentrant=False)
+            else:
+                x, S = layer(x, pos, None if states is None else states[i])
+            new.append(S)
+        return self.layer_norm(x), new
+
+    def forward(self, tokens, targets=None):
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T), where -1 is ignored: the mean loss, a fp32 scalar."""
+        x, _ = self.blocks(tokens)
+        if targets is None:
+            return self.output_projection(x)
+        return linear_cross_entropy(x, self.output_projection.weight, targets)
+
+    def init_state(self, batch):
+        """S of every layer (L, B, H, K, V), fp32, and the number of tokens in it: the same bytes for any number."""
+        c = self.cfg
+        shape = (c.layers, batch, c.heads, c.dim // c.heads, c.value_dim // c.heads)
+        return {"S": torch.zeros(shape, device=self.embed_tokens.weight.device), "t": 0}
+
+    def step(self, tokens, state):
+        """The next tokens (B, T') -> logits (B, V) after the last of them, and the state. One token: recurrent, more: chunkwise."""
+        x, S = self.blocks(tokens, state["S"], state["t"])
+        return self.output_projection(x[:, -1]), {"S": torch.stack(S), "t": state["t"] + tokens.shape[1]}
+
+    def param_groups(self, weight_decay):
+        """Matrices decay, norms do not; `matrix` marks what Muon may orthogonalise."""
+        inner = [p for p in self.layers.parameters() if p.ndim == 2]
+        ends = [self.embed_tokens.weight] if self.cfg.tied else [self.embed_tokens.weight, self.output_projection.weight]
+        return [
+            dict(params=inner, weight_decay=weight_decay, matrix=True),
+            dict(params=ends, weight_decay=weight_decay),
+            dict(params=[p for p in self.parameters() if p.ndim < 2], weight_decay=0.0),
+        ]
+
+    def hf_config(self):
+        """config.json: RetNetDecoder(RetNetConfig(**config), nn.Embedding(vocab_size, decoder_embed_dim)) is this model."""
+        c = self.cfg
+        return dict(
+            decoder_layers=c.layers, decoder_retention_heads=c.heads, decoder_embed_dim=c.dim, decoder_value_embed_dim=c.value_dim,
+            decoder_ffn_embed_dim=c.ffn_dim, vocab_size=c.vocab, activation_fn=c.act, no_scale_embedding=not c.scale,
+            share_decoder_input_output_embed=c.tied, dropout=c.dropout, **SAME,
+        )  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, source, **overrides):
+        """source: a folder with torchscale's state_dict and config.json; overrides: Config fields such as form or dropout."""
+        path = find_checkpoint(HUB.get(source, source))
+        config, tensors = read_checkpoint(path)
+        for key in ("decoder_embed_dim", "vocab_size"):
+            if key not in config:
+                bad(f"{path}: config.json has no '{key}', so this is no RetNet of torchscale")
+        for key, value in SAME.items():
+            if config.get(key, value) != value:
+                bad(f"{path}: {key} = {config[key]!r} in config.json; this file has {value!r}")
+        theirs = dict(  # RetNetConfig's defaults
+            decoder_layers=12, decoder_retention_heads=3, decoder_value_embed_dim=1280, decoder_ffn_embed_dim=1280,
+            activation_fn="gelu", no_scale_embedding=True, share_decoder_input_output_embed=False, dropout=0.0,
+        ) | config  # fmt: skip
+        cfg = Config(
+            layers=theirs["decoder_layers"], heads=theirs["decoder_retention_heads"], dim=theirs["decoder_embed_dim"],
+            value_dim=theirs["decoder_value_embed_dim"], ffn_dim=theirs["decoder_ffn_embed_dim"], vocab=theirs["vocab_size"],
+            act=theirs["activation_fn"], scale=not theirs["no_scale_embedding"], tied=theirs["share_decoder_input_output_embed"],
+            dropout=theirs["dropout"],
+        )  # fmt: skip
+        model = cls(dataclasses.replace(cfg, **overrides))
+        load_strict(model, tensors, path)
+        return model
+
+    def save_pretrained(self, folder, tensors=None, **how):
+        """model.safetensors and config.json, which torchscale's RetNetDecoder loads.
+        tensors: the state dict where it was gathered elsewhere; how: see write_weights."""
+        tensors = dict(self.state_dict() if tensors is None else tensors)
+        if self.cfg.tied:  # under both names, as torchscale has it; a file holds no tensor twice
+            tensors["output_projection.weight"] = tensors["embed_tokens.weight"].clone()
+        write_weights(folder, tensors, self.hf_config(), **how)
+
+
+# what RetNetConfig offers beside the model of the paper
+SAME = dict(decoder_normalize_before=True, layernorm_eps=EPS, layernorm_embedding=False, no_output_layer=False, deepnorm=False,
+            multiway=False, moe_freq=0, drop_path_rate=0.0, activation_dropout=0.0, chunkwise_recurrent=False)  # fmt: skip
+HUB = {}  # no weights were released
+TOK = {}
+
+
+# ----- cli (shared) -----
+ME = Path(__file__).stem
+CHOICES = dict(optim=["adamw", "muon", "adamw8bit"], dtype=["auto", "fp32", "bf16"], device=["cpu", "cuda", "mps"])
+NAMES = [f.name for f in fields(Config)]
+SIZES = NAMES[: NAMES.index("preset")]  # the fields that describe the model; the others describe the run
+POSITIVE = "seq batch accum steps lr eval_every eval_iters log_every tokens".split()
+POSITIVE += [f.name for f in fields(Config) if f.name in SIZES and f.default]
+FRACTION = "dropout beta2 lr_end".split()
+
+
+def bad(message):
+    """A user's mistake: one line that says what is wrong and what would be right, exit code 2."""
+    print(f"{ME}.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv=None):
+    """The flags are the fields of Config, their help the comments there. Returns (the preset's values, the flags given)."""
+    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(Config), re.M))
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    p.error = bad
+    for f in fields(Config):
+        how = dict(type=f.type, metavar="X") if f.type is not list else dict(nargs="+", metavar="X")
+        how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else how
+        p.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{notes[f.name]}  [{f.default!r}]", **how)
+    given = vars(p.parse_args(argv))
+    for k, v in given.items():
+        if k in CHOICES and v not in CHOICES[k]:
+            bad(f"{flag(k)} {v}: one of {', '.join(CHOICES[k])}")
+        if type(v) in (int, float) and not (0 < v < math.inf if k in POSITIVE else 0 <= v < math.inf):
+            bad(f"{flag(k)} {v}: must be {'positive' if k in POSITIVE else '0 or more'}")
+        if k in FRACTION and v > 1 or k in ("dropout", "beta2") and v == 1 or k == "top_p" and not 0 < v <= 1:
+            bad(f"{flag(k)} {v}: must be between 0 and 1")
+    preset = given.get("preset") or ("gpu" if torch.cuda.is_available() else "cpu")
+    if preset not in PRESETS:
+        bad(f"--preset {preset}: one of {', '.join(PRESETS)}")
+    return dict(out=f"out/{ME}") | PRESETS[preset] | dict(preset=preset), given
+
+
+# ----- end -----
+
+
+# ----- data (shared) -----
+class Tokenizer:
+    """encode: str -> array of ids, decode: ids -> str. kind: char | byte | gpt2 | a tokenizer.json, or its hub name | a RWKV vocabulary."""
+
+    def __init__(self, kind, chars=""):
+        self.kind, self.chars = kind, chars  # chars: the sorted characters of kind char; an id is a place among them
+        try:
+            if kind == "char":
+                self.vocab, self.encode, self.decode = len(chars), self.places, lambda ids: "".join(chars[i] for i in ids)
+            elif kind == "byte":
+                self.vocab, self.encode = 256, lambda text: np.frombuffer(text.encode(), np.uint8)
+                self.decode = lambda ids: bytes(ids).decode(errors="replace")
+            elif kind == "gpt2":
+                import tiktoken
+
+                bpe = tiktoken.get_encoding("gpt2")
+                self.vocab, self.decode = bpe.n_vocab, bpe.decode
+                self.encode = lambda text: np.array(bpe.encode_ordinary(text), np.int64)
+            elif kind.endswith(".json") or re.fullmatch(r"[\w.-]+/[\w.-]+", kind) and not Path(kind).exists():
+                import tokenizers
+
+                hf = (tokenizers.Tokenizer.from_file if kind.endswith(".json") else tokenizers.Tokenizer.from_pretrained)(kind)
+                self.vocab, self.decode = hf.get_vocab_size(), hf.decode
+                self.encode = lambda text: np.array(hf.encode(text, add_special_tokens=False).ids, np.int64)
+            elif Path(kind).is_file():  # RWKV: each line is an id, the token as a Python literal, and its length
+                lines = [re.match(r"(\d+) (.+) \d+$", s).groups() for s in open(kind, encoding="utf-8")]
+                words = {int(i): w if isinstance(w := ast.literal_eval(s), bytes) else w.encode() for i, s in lines}
+                self.vocab, self.ids = 1 << max(words).bit_length(), {w: i for i, w in words.items()}
+                self.encode = self.longest
+                self.decode = lambda ids: b"".join(words.get(i, b"") for i in ids).decode(errors="replace")
+            else:
+                bad(f"--tok {kind}: one of char, byte, gpt2, or the path of a tokenizer.json or a RWKV vocabulary")
+        except Exception as e:  # each library has its own exceptions, for a damaged file as for a missing network
+            hint = "; its table is not cached and not to be had: --tok byte needs none" if kind == "gpt2" else ""
+            bad(f"--tok {kind}: cannot be used{hint} ({type(e).__name__})")
+
+    def places(self, text):
+        known, codes = np.array([ord(c) for c in self.chars]), np.frombuffer(text.encode("utf-32-le"), "<u4")
+        ids = np.searchsorted(known, codes).clip(max=len(known) - 1)
+        if (wrong := codes[known[ids] != codes]).size:
+            bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); --tok byte knows every text")
+        return ids
+
+    def longest(self, text):  # greedy: the longest word that the text goes on with
+        raw, ids, at, most = text.encode(), [], 0, max(map(len, self.ids))
+        while at < len(raw):
+            n = next(n for n in range(most, 0, -1) if raw[at : at + n] in self.ids)
+            ids.append(self.ids[raw[at : at + n]])
+            at += n
+        return np.array(ids, np.int64)
+
+
+class Stream:
+    """The tokens of one split: shards end to end. A window of seq + 1 tokens never crosses from one shard into the next."""
+
+    def __init__(self, shards, cfg, name):
+        self.shards = [s for s in shards if len(s) > cfg.seq]
+        self.name = f"the {name} split of --data {cfg.data}"
+        if not self.shards:
+            bad(f"--seq {cfg.seq}: {self.name} has only {max(map(len, shards), default=0):,} tokens in a piece")
+        self.seq, self.vocab, self.tokens = cfg.seq, cfg.vocab, sum(map(len, shards))
+        self.first = np.cumsum([0] + [len(s) - cfg.seq for s in self.shards])  # number of each shard's first window, and of all
+
+    def windows(self, numbers):
+        """Window numbers (n) -> inputs and targets (n, seq) int64; a target is the token after its input."""
+        rows = []
+        for i in numbers:
+            s = np.searchsorted(self.first, i, side="right") - 1
+            rows.append(self.shards[s][i - self.first[s] :][: self.seq + 1])
+        w = torch.from_numpy(np.stack(rows).astype(np.int64))
+        if w.max() >= self.vocab:
+            bad(f"{self.name}: token id {w.max()} is outside the vocabulary of {self.vocab}; --tok must be the data's own")
+        return w[:, :-1].contiguous(), w[:, 1:].contiguous()
+
+    def batch(self, cfg, step, micro, rank, world):
+        """A pure function of (seed, step, micro), split over the processes: any number of them sees the same data."""
+        numbers = np.random.default_rng((cfg.seed, step, micro)).integers(self.first[-1], size=cfg.batch)
+        return self.windows(numbers[rank::world])
+
+    def start(self):
+        """What the sample at the end of a run begins with: the first token."""
+        return self.shards[0][:1]
+
+    def fixed(self, cfg):
+        """The evaluation's windows: all that fit without overlap, or eval_iters batches spread evenly."""
+        whole = np.arange(0, self.first[-1], self.seq)
+        n = cfg.eval_iters * cfg.batch
+        return whole if len(whole) <= n else np.linspace(0, self.first[-1] - 1, n).astype(np.int64)
+
+
+def shard(path):
+    """Memory-mapped tokens of nanoGPT's .bin (no header, uint16, uint32 above 65,536 words) or llm.c's (header of 1024 bytes)."""
+    head = np.fromfile(path, "<i4", 256)
+    if len(head) == 256 and head[0] in (20240520, 20240801):
+        tokens = np.memmap(path, "<u2" if head[0] == 20240520 else "<u4", "r", offset=1024)
+        if len(tokens) != head[2]:
+            bad(f"{path}: {len(tokens):,} tokens where its header says {head[2]:,}: the file is cut or damaged")
+        return tokens
+    meta = path.parent / "meta.json"
+    wide = meta.is_file() and json.loads(meta.read_text())["vocab_size"] > 65536
+    return np.memmap(path, "<u4" if wide else "<u2", "r") if path.stat().st_size else np.empty(0, np.uint16)
+
+
+class PlainPickle(pickle.Unpickler):
+    """For nanoGPT's meta.pkl: dicts, strings and numbers only. It can name no class or function, so no code can run."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+
+
+def prepared(cfg, given, tok):
+    """The folder of a set in data/, made by data/<name>.py the first time. Without a network stdlib stands in for the default."""
+    script = Path(__file__).parent / "data" / f"{cfg.data}.py"
+    kind = cfg.tok or re.search(r'^NAME, TOK = "\w+", "(\w+)"', script.read_text(), re.M).group(1)
+    folder = script.with_suffix("") / kind
+    if not (folder / "meta.json").is_file():
+        r = subprocess.run([sys.executable, script, "--tok", kind], stderr=subprocess.PIPE, text=True)
+        said = (r.stderr.strip().splitlines() or ["it failed"])[-1]
+        if r.returncode and cfg.data == "shakespeare" and not given.keys() & {"data", "resume"} and not tok:
+            print(f"!!! {said}\n!!! training on the source of Python's own library instead: --data stdlib --tok byte")
+            cfg.data, cfg.tok = "stdlib", "byte"
+            return prepared(cfg, given, tok)
+        if r.returncode:
+            bad(said)
+    return folder
+
+
+def load_text(cfg, given, tok):
+    """-> (training Stream, validation Stream, Tokenizer); sets cfg.tok and cfg.vocab. tok: a checkpoint's, which must fit."""
+    folder, text = Path(__file__).parent / "data", None
+    cfg.tok = cfg.tok or (tok.kind if tok else "")
+    if not folder.is_dir() and cfg.data in ("shakespeare", "stdlib") and "data" not in given:  # this file alone
+        print("!!! no data/ beside this file: training on the source of Python's own library; --data my.txt for your text")
+        root = Path(sysconfig.get_paths()["stdlib"])
+        text = "\n".join(f.read_text(errors="replace") for f in sorted([*root.glob("*.py"), *root.glob("*/*.py")]))
+        cfg.data, cfg.tok = "stdlib", "byte"
+    elif cfg.data.endswith((".txt", ".jsonl")):
+        try:
+            text = Path(cfg.data).read_bytes().decode()  # bytes: no newline is translated
+            if cfg.data.endswith(".jsonl"):
+                text = "\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+        except OSError as e:
+            bad(f"--data {cfg.data}: {e.strerror}")
+        except (ValueError, KeyError, TypeError) as e:
+            bad(f'--data {cfg.data}: not UTF-8, or a line without {{"text": "..."}} ({type(e).__name__}: {e})')
+    if text is not None:
+        kind = cfg.tok = cfg.tok or "char"
+        chars = tok.chars if tok else "".join(sorted(set(text)))
+        tok = tok or Tokenizer(kind, chars if kind == "char" else "")
+        cut = int(len(text) * 0.9)  # nanoGPT's split: the last tenth of the characters
+        parts = dict(train=[tok.encode(text[:cut])], val=[tok.encode(text[cut:])])
+    else:
+        script = folder / f"{cfg.data}.py"
+        where = prepared(cfg, given, tok) if script.is_file() and script.stem != "common" else Path(cfg.data)
+        files = sorted(where.glob("*.bin")) if where.is_dir() else [Path(f) for f in sorted(glob.glob(str(where)))]
+        files = [f for f in files if f.suffix == ".bin"]
+        if not files:
+            names = ", ".join(sorted(f.stem for f in folder.glob("*.py") if f.stem != "common"))
+            bad(f"--data {cfg.data}: no .txt, .jsonl, folder or glob of .bin shards" + (f", nor one of {names}" if names else ""))
+        meta, old = files[0].parent / "meta.json", files[0].parent / "meta.pkl"
+        kind, chars = cfg.tok or "gpt2", ""
+        try:
+            if meta.is_file():
+                m = json.loads(meta.read_text())
+                kind, chars = m["tok"], m.get("chars", "")
+            elif old.is_file():
+                m = PlainPickle(open(old, "rb")).load()
+                kind, chars = "char", "".join(m["itos"][i] for i in range(m["vocab_size"]))
+        except Exception as e:  # JSON and pickle have many
+            bad(f"{files[0].parent}: meta.json or meta.pkl is damaged ({e})")
+        if tok and (tok.kind, tok.chars) != (kind, chars) or cfg.tok and cfg.tok != kind:
+            bad(f"--data {cfg.data}: its tokens are {kind}, but {tok.kind if tok else cfg.tok} is asked for, or other characters")
+        cfg.tok, tok = kind, tok or Tokenizer(kind, chars)
+        val = [f for f in files if "val" in f.name]
+        parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name], val=[shard(f) for f in val])
+        if not val:  # shards without a split: the last tenth of the last one
+            *rest, last = parts["train"]
+            parts = dict(train=[*rest, last[: len(last) * 9 // 10]], val=[last[len(last) * 9 // 10 :]])
+    if cfg.vocab and cfg.vocab < tok.vocab:
+        bad(f"--vocab {cfg.vocab}: the tokenizer {cfg.tok} has {tok.vocab:,} tokens")
+    cfg.vocab = cfg.vocab or tok.vocab
+    return Stream(parts["train"], cfg, "train"), Stream(parts["val"], cfg, "val"), tok
+
+
+# ----- end -----
+
+
+# ----- load (shared) -----
+load_data = load_text
+
+
+# ----- end -----
+
+
+# ----- schedule (shared) -----
+def schedule(step, cfg):
+    """-> factors of --lr and --wd: linear warm-up to 1, then half a cosine down to lr_end; the decay stays."""
+    r = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+    lr = (step + 1) / (cfg.warmup + 1) if r < 0 else cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * r))
+    return lr, 1.0
+
+
+# ----- end -----
+
+
+# ----- optimizer (shared) -----
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step, 0.2 sqrt(max(m, n)) (Liu et al. 2025, arXiv:2502.16982).
+
+    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1. torch.optim.Muon
+    does it in bf16, which a CPU without bf16 units does at 1/100 of its speed; here in fp32 there, matrices of a shape at once.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+                    self.state[p].setdefault("momentum", torch.zeros_like(p))
+            for (*_, m, n), ps in shapes.items():
+                grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
+                torch._foreach_lerp_(M, grads, 1 - group["momentum"])
+                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).view(-1, m, n)  # Nesterov's look ahead
+                X = X.bfloat16() if X.is_cuda else X
+                X = X.mT if m > n else X
+                X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+                for _ in range(5):
+                    A = X @ X.mT
+                    X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+                X = X.mT if m > n else X
+                torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(ps, list(X.to(ps[0].dtype).view(-1, *ps[0].shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
+
+
+def make_optimizers(model, cfg):
+    """[AdamW], or [Muon for the groups that the model marks as `matrix`, AdamW for the rest]."""
+    groups = [{"lr_scale": 1.0, "matrix": False, "wd": g["weight_decay"]} | g for g in model.param_groups(cfg.wd)]
+    held = sorted(id(p) for g in groups for p in g["params"])
+    assert held == sorted(id(p) for p in model.parameters() if p.requires_grad), "every parameter is in one group"
+    how = dict(lr=cfg.lr, betas=(0.9, cfg.beta2))
+    if cfg.fsdp and cfg.optim != "adamw":
+        bad(f"--optim {cfg.optim}: it needs whole tensors, and --fsdp splits them; --optim adamw does not")
+    try:
+        from kernels.adamw import AdamW, AdamW8bit
+    except ModuleNotFoundError:
+        if cfg.optim == "adamw8bit":
+            bad("--optim adamw8bit: it needs the folder kernels/ beside this file")
+        AdamW = functools.partial(torch.optim.AdamW, fused=True)
+    if cfg.optim == "adamw8bit":
+        return [AdamW8bit(groups, **how)]
+    if cfg.optim == "adamw":
+        return [AdamW(groups, **how)]
+    return [Muon([g for g in groups if g["matrix"]], cfg.lr, cfg.wd), AdamW([g for g in groups if not g["matrix"]], **how)]
+
+
+def set_lr(optimizers, step, cfg):
+    """lr and weight decay of this step: what the groups began with, times schedule(); a group's lr_scale multiplies its lr."""
+    lr, wd = schedule(step, cfg)
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["lr"], group["weight_decay"] = cfg.lr * lr * group["lr_scale"], group["wd"] * wd
+    return cfg.lr * lr
+
+
+# ----- end -----
+
+
+# ----- checkpoint (shared) -----
+def write_file(path, write):
+    """write(a temporary path), onto the disk, rename: at any instant path is the whole old file or the whole new one."""
+    tmp = f"{path}.tmp"
+    write(tmp)
+    with open(tmp, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def write_weights(folder, tensors, config, name="model", new="", step=None):
+    """<name>.safetensors and its config, as the family's own library loads them. new, step: see save()."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    config_name = f"{name.removesuffix('_model')}_config.json" if name.endswith("_model") else "config.json"
+    write_file(f"{folder}/{config_name}", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
+    tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
+    write_file(f"{folder}/{name}.safetensors{new}", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
+
+
+def find_checkpoint(source):
+    """A folder, a file, or a model's name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
+    if Path(source).exists():
+        return Path(source)
+    try:
+        from huggingface_hub import hf_hub_download, snapshot_download
+
+        if len(parts := source.split("/")) > 2:
+            return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+        path = Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
+        return path if [*path.glob("*.safetensors")] else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"]))
+    except Exception as e:  # no such name, no network, no library
+        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); a hub name is owner/name")
+
+
+def read_checkpoint(path):
+    """A folder, or a weights file in one -> (config.json as a dict, tensors by name). Only plain tensors are ever unpickled."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
+        if path.is_file():
+            files = [path]
+        elif index.is_file():
+            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        else:
+            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file() else "pytorch_model.bin")]
+        tensors = {}
+        for f in files:
+            tensors |= load_file(f) if f.suffix == ".safetensors" else torch.load(f, map_location="cpu", weights_only=True)
+        return config, tensors
+    except FileNotFoundError as e:
+        bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
+    except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
+        bad(f"{path}: damaged, or not a checkpoint ({str(e).splitlines()[0][:120]})")
+
+
+def load_strict(model, tensors, path):
+    """Copy tensors into the model; one that is missing, left over or of another shape is named and refused."""
+    own = model.state_dict()
+    for k in sorted(own.keys() | tensors.keys()):
+        if k not in tensors or k not in own:
+            bad(f"{path}: {'no tensor' if k in own else 'unknown tensor'} {k}")
+        if tensors[k].shape != own[k].shape:
+            bad(f"{path}: {k} is {tuple(tensors[k].shape)}, but {tuple(own[k].shape)} is asked for")
+    model.load_state_dict(tensors)
+
+
+def sharded(cfg):
+    """With --fsdp every process holds a part: these make and take whole state dicts on the first one."""
+    from torch.distributed.checkpoint import state_dict as D
+
+    return D, D.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def save(cfg, model, optimizers, tok, step, best):
+    """The run's folder. Both large files are whole on the disk before the first rename, which decides (load_run ends the second)."""
+    weights, states = model.state_dict, [o.state_dict for o in optimizers]
+    if cfg.fsdp:
+        D, how = sharded(cfg)
+        weights = functools.partial(D.get_model_state_dict, model, options=how)
+        states = [functools.partial(D.get_optimizer_state_dict, model, o, options=how) for o in optimizers]
+    weights, states = weights(), [s() for s in states]
+    if int(os.environ.get("RANK", 0)) == 0:
+        model.save_pretrained(cfg.out, weights, new=".new", step=step)
+        kind = dict(tok=tok.kind, chars=tok.chars)
+        write_file(f"{cfg.out}/tok.json", lambda tmp: Path(tmp).write_text(json.dumps(kind)))
+        state = dict(config=asdict(cfg), optimizers=states, step=step, best=best)
+        write_file(f"{cfg.out}/train_state.pt", lambda tmp: torch.save(state, tmp))
+        for new in Path(cfg.out).glob("*.safetensors.new"):
+            os.replace(new, new.with_suffix(""))
+
+
+def load_run(out):
+    """What save() left in train_state.pt, or None."""
+    path = Path(out, "train_state.pt")
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for new in Path(out).glob("*.safetensors.new"):
+            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of train_state.pt's step here
+                if f.metadata()["step"] == str(state["step"]):
+                    os.replace(new, new.with_suffix(""))
+        return state
+    except Exception as e:  # a damaged zip, a foreign pickle, a file that is no dict
+        bad(f"{path}: damaged, or not of this program ({str(e).splitlines()[0][:120]})")
+
+
+def load_tokenizer(path, vocab):
+    """The tokenizer beside a checkpoint; without one the family's, where the vocabulary is its; or None."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / "tok.json").is_file():
+        kind = json.loads((folder / "tok.json").read_text())
+        return Tokenizer(kind["tok"], kind["chars"])
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer(str(folder / "tokenizer.json"))
+    return Tokenizer(TOK[vocab]) if vocab in TOK else None
+
+
+# ----- end -----
+
+
+# ----- train (shared) -----
+def pick_device(cfg):
+    """-> (device, rank, world size); under torchrun each process takes its own GPU."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, rank, world = cfg.device or best, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if kind != "cpu" and kind != best:
+        bad(f"--device {kind}: this machine, or this PyTorch, has none; --device cpu works everywhere")
+    if cfg.batch % world:
+        bad(f"--batch {cfg.batch}: must be divisible by the {world} processes that share it")
+    if cfg.fsdp and "RANK" not in os.environ:
+        bad("--fsdp: start it with torchrun --nproc_per_node=N")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    elif sys.platform == "linux":  # glibc: keep freed memory for the next step instead of returning its pages, 4 to 8% of a step
+        ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return device, rank, world
+
+
+def bf16_pays(device, model, batch):
+    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if they are faster, a whole micro-step."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False), "auto"
+
+    def fastest(run):
+        times = [(time.perf_counter(), run(), time.perf_counter()) for _ in range(3)]
+        return min(end - start for start, _, end in times)
+
+    def step(enabled):
+        with torch.autocast(device.type, torch.bfloat16, enabled):
+            loss = model(*batch)
+        loss.backward()
+        model.zero_grad()
+
+    a = torch.randn(256, 256, device=device)
+    b = a.bfloat16()
+    if fastest(lambda: b @ b) > fastest(lambda: a @ a):
+        return False, "auto: matrices multiply more slowly in bf16 here"
+    fp32, bf16 = fastest(lambda: step(False)), fastest(lambda: step(True))
+    return bf16 < fp32, f"auto: a micro-step takes {fp32 * 1e3:.0f} ms in fp32, {bf16 * 1e3:.0f} ms in bf16"
+
+
+@torch.no_grad()
+def evaluate(model, stream, cfg, device, cast):
+    """Mean loss over the split's fixed windows. Every process does them all, so that the number does not depend on how many."""
+    model.eval()
+    total, numbers = 0.0, stream.fixed(cfg)
+    for i in range(0, len(numbers), cfg.batch):
+        x, y = stream.windows(numbers[i : i + cfg.batch])
+        with torch.autocast(device.type, torch.bfloat16, cast):
+            total += model(x.to(device), y.to(device)).item() * len(x)
+    model.train()
+    return total / len(numbers)
+
+
+def train(cfg, given, model, tok, state):
+    """model, tok: from a checkpoint, or None; state: load_run()'s of the run that goes on, or None. Returns the last val loss."""
+    device, rank, world = pick_device(cfg)
+    say = print if rank == 0 else lambda *a, **k: None
+    if rank:
+        dist.barrier()  # the first process downloads and prepares, the others find it done
+    train_data, val_data, tok = load_data(cfg, given, tok)
+    if world > 1 and not rank:
+        dist.barrier()
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        Path(cfg.out, "log.csv").open("a").close()
+    except OSError as e:
+        bad(f"--out {cfg.out}: {e.strerror}")
+    torch.manual_seed(cfg.seed)
+    model = (model or Model(cfg)).to(device)
+    model.cfg = cfg
+    cast, why = cfg.dtype == "bf16", "asked for"
+    if cfg.dtype == "auto":
+        cast, why = bf16_pays(device, model, [t.to(device) for t in train_data.batch(cfg, 0, 0, rank, world)])
+    if world > 1:
+        (cast, why), _ = shared = [(cast, why), None]
+        dist.broadcast_object_list(shared)
+        cast, why = shared[0]
+    if hasattr(model, "prepare"):
+        model.prepare(cast)
+    if cfg.fsdp:
+        from torch.distributed.fsdp import fully_shard
+
+        for part in [*(m for m in model.modules() if isinstance(m, Block)), model]:
+            fully_shard(part, mesh=dist.device_mesh.init_device_mesh(device.type, (world,)))
+    optimizers = make_optimizers(model, cfg)
+    step, best, val, rows = 0, math.inf, None, []
+    if state:
+        step, best, val = state["step"], state["best"], None
+        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline="")) if r and r[0].isdigit() and int(r[0]) <= step]
+        for o, s in zip(optimizers, state["optimizers"]):
+            if cfg.fsdp:
+                D, how = sharded(cfg)
+                D.set_optimizer_state_dict(model, o, s, options=how)
+            else:
+                o.load_state_dict(s)
+    run = model if cfg.fsdp or world == 1 else nn.parallel.DistributedDataParallel(model)
+    run = torch.compile(run) if cfg.compile else run
+
+    per_step, params = cfg.batch * cfg.accum * cfg.seq, [p for p in model.parameters() if p.requires_grad]
+    ops = sys.modules.get("kernels.norm")
+    form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
+    say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}")
+    say(f"{cfg.batch} x {cfg.seq} x {cfg.accum} = {per_step:,} tokens a step, {cfg.steps:,} steps | {cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
+    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | {form}{' | compiled' * cfg.compile}")
+
+    log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
+    log.writerows([("step", "tokens", "seconds", "loss", "val", "lr", "norm", "tok_s"), *rows])
+    stop, before = [], float(rows[-1][2]) if rows else 0.0
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda *_: stop.append(1))
+    wrong = torch.full((), -1, device=device)  # the first step whose loss or gradient was not finite
+    halt = False  # stop, read once a step: a signal that comes later waits for the next
+    begun, saved, start, mark = step, step if state else None, time.perf_counter(), (time.perf_counter(), step)
+    while step < cfg.steps and not halt:
+        lr, total = set_lr(optimizers, step, cfg), 0.0
+        for micro in range(cfg.accum):
+            x, y = (t.to(device, non_blocking=True) for t in train_data.batch(cfg, step, micro, rank, world))
+            torch.manual_seed(hash((cfg.seed, step, micro, rank)) % 2**63)  # dropout is a function of the step, too
+            last = micro == cfg.accum - 1
+            if cfg.fsdp:
+                model.set_requires_gradient_sync(last)
+            with contextlib.nullcontext() if last or world == 1 or cfg.fsdp else run.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, cast):
+                    loss = run(x, y) / cfg.accum
+                loss.backward()
+            total = total + loss.detach()
+        norm = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
+        norm = norm.full_tensor() if cfg.fsdp else norm
+        wrong = torch.where((wrong < 0) & ~(total + norm).isfinite(), step + 1, wrong)
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        step += 1
+        if world > 1:  # the mean loss; and all processes stop after the same step
+            both = torch.stack([total / world, torch.full_like(total, len(stop))])
+            dist.all_reduce(both)
+            total, halt = both[0], both[1].item() > 0
+        else:
+            halt = bool(stop)
+        due = step % cfg.eval_every == 0 or step == cfg.steps or halt
+        if not (due or step % cfg.log_every == 0 or step == begun + 1 or device.type == "cpu"):
+            continue  # from here on the GPU is waited for
+        if wrong.item() >= 0:
+            good = "no checkpoint yet" if saved is None else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})"
+            bad(f"step {wrong.item()}: the loss is not finite; {good}; a smaller --lr helps")
+        if due:
+            save(cfg, model, optimizers, tok, step, best)  # before evaluating: whatever happens there, the work is kept
+            saved = step
+        if due and not halt:
+            val = evaluate(run, val_data, cfg, device, cast)
+            best = min(best, val)
+        if due or step % cfg.log_every == 0 or step == begun + 1:
+            now = time.perf_counter()
+            speed, mark = per_step * (step - mark[1]) / (now - mark[0]), (now, step)
+            left = (now - start) / (step - begun) * (cfg.steps - step)
+            peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mb()
+            v = repr(val) if due and not halt else ""
+            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr, repr(norm.item()), f"{speed:.0f}"))
+            shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
+            say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
+                f"{speed:,.0f} tok/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
+    if halt:
+        say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
+    else:
+        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended before has none yet
+        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, after {before + time.perf_counter() - start:.0f} s of training")
+        if not cfg.fsdp and rank == 0:
+            show(cfg, model, tok, val_data.start())
+        say(f"model.safetensors, config.json, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample \"...\"")
+    if "RANK" in os.environ:
+        dist.destroy_process_group()
+    return val
+
+
+def peak_mb():
+    """The process's largest resident memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ----- end -----
+
+
+# ----- sample (shared) -----
+def draw(logits, cfg, generator):
+    """logits (B, V) -> tokens (B, 1): the most likely, or drawn after temperature, top-k and top-p."""
+    if cfg.temp == 0:
+        return logits.argmax(-1, keepdim=True)
+    p = F.softmax(logits.float() / cfg.temp, dim=-1)
+    if 0 < cfg.top_k < p.shape[-1]:
+        p = p.where(p >= p.topk(cfg.top_k).values[:, -1:], 0)
+    if cfg.top_p < 1:
+        q, order = p.sort(dim=-1, descending=True)
+        q = q.where(q.cumsum(-1) - q <= cfg.top_p * q.sum(-1, keepdim=True), 0)  # the one that crosses the line is kept
+        p = torch.zeros_like(p).scatter(-1, order, q)
+    return torch.multinomial(p, 1, generator=generator)
+
+
+@torch.inference_mode()
+def generate(model, tokens, cfg):
+    """tokens (1, T) -> yields cfg.tokens times the next id and the cache or state; each costs one step()."""
+    model.eval()
+    generator = torch.Generator(tokens.device).manual_seed(cfg.seed)
+    limit = model.context or math.inf  # a recurrent model has none
+    seen, new, held, state, stop = tokens, tokens, 0, model.init_state(1), getattr(model, "stop", ())  # ids that end an answer
+    for _ in range(cfg.tokens):
+        if held + new.shape[1] > limit:  # the context is full: begin again with its later half
+            held, new, state = 0, seen[:, -max(1, limit // 2) :], model.init_state(1)
+        logits, state = model.step(new, state)
+        held += new.shape[1]
+        new = draw(logits, cfg, generator)
+        seen = torch.cat([seen, new], 1) if model.context else new
+        if new.item() in stop:
+            break
+        yield new.item(), state
+    model.train()
+
+
+def show(cfg, model, tok, ids):
+    """Print what follows the array ids, as it is made; ids wait until they end a character."""
+    if not len(ids) or ids.max() >= model.cfg.vocab:
+        bad("--sample: the text is empty, or has a token that the model does not know")
+    print(tok.decode(ids.tolist()), end="", flush=True)
+    ids = torch.from_numpy(ids.astype(np.int64))[None]  # (1, T)
+    waiting, count, state, start = [], 0, {}, time.perf_counter()
+    for count, (i, state) in enumerate(generate(model, ids.to(next(model.parameters()).device), cfg), 1):
+        waiting += [i] if i < tok.vocab else []  # a padded head can name tokens that do not exist
+        if not (piece := tok.decode(waiting)).endswith("\ufffd") or len(waiting) > 8:
+            print(piece, end="", flush=True)
+            waiting = []
+    print(tok.decode(waiting), flush=True)
+    size, speed = sum(v.nbytes for v in state.values() if torch.is_tensor(v)), count / (time.perf_counter() - start)
+    print(f"[{count:,} tokens, {speed:,.0f} a second, {size:,} bytes of state]", file=sys.stderr)
+
+
+def sample(cfg, model, tok):
+    if tok is None:
+        bad("--sample: the checkpoint has no tokenizer; --tok names one")
+    show(cfg, model, tok, tok.encode(cfg.sample))
+
+
+SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from, and flags that ask something of it
+ACTIONS = dict(sample=sample)
+
+
+# ----- end -----
+
+
+# ----- main (shared) -----
+def main(argv=None):
+    preset, given = parse(argv)
+    origin = next((k for k in SOURCES if given.get(k)), None)
+    action = next((k for k in ACTIONS if given.get(k, False) is not False), None)
+    out, model, tok, state = given.get("out", preset["out"]), None, None, None
+    if given.get("resume") or action and not origin:
+        state, wanted = load_run(out), "resume" if given.get("resume") else action
+        if origin or state is None and (wanted == "resume" or not Path(out, "config.json").is_file()):
+            reason = f"{flag(origin)} starts another run: one of the two" if origin else f"no run in {out}; --out names its folder"
+            bad(f"{flag(wanted)}: {reason}")
+        kept = {k: v for k, v in (state or {}).get("config", {}).items() if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
+        origin, source, preset = "init", out, preset | kept | dict(out=out)
+    else:
+        origin = origin or next((k for k in SOURCES if preset.get(k)), None)
+        source = (preset | given).get(origin)
+    if source:
+        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items() if k not in SOURCES and (k in given or k not in SIZES)})
+        source = source if isinstance(source, str) else source[0]
+        tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), model.cfg.vocab)
+        preset |= {k: getattr(model.cfg, k) for k in SIZES}
+    cfg = Config(**preset | given)
+    if not action:
+        return train(cfg, given, model, tok, state if cfg.resume else None)
+    device, _, _ = pick_device(cfg)
+    ACTIONS[action](cfg, model.to(device), tok or (Tokenizer(cfg.tok) if cfg.tok else None))
+
+
+if __name__ == "__main__":
+    main()
+# ----- end -----

@@ -1,0 +1,1312 @@
+"""
+RWKV-7 "Goose": a recurrent network that trains in parallel          Peng et al. 2025, "RWKV-7 'Goose' with Expressive Dynamic
+                                                                     State Evolution", arXiv:2503.14456v2
+
+Special: no attention. Each head keeps a matrix S, a memory that maps keys to values. A token decays its columns, takes
+out what stood under the key kappa and writes v under k (the delta rule, with a rate a per channel), so cost is linear in T.
+    S_t     = S_{t-1} (diag(w_t) - kappa_t (a_t kappa_t)^T) + v_t k_t^T         section 4; rows of S are values, columns keys
+    y_t     = S_t r_t                                                           the state never grows
+    r w k v a g = functions of h_t + mu (h_{t-1} - h_t)                         token shift, a mix mu for each 
+    x      += W_o (GroupNorm(y) + (sum r k rho) v) g                            a bonus for the token itself, and a gate
+    x      += W_v relu(W_k (h_t + mu (h_{t-1} - h_t)))^2                        channel mix, four times as wide inside
+
+Run:     python rwkv.py                                         trains on tiny Shakespeare, then prints a sample
+         python rwkv.py --data my.txt --layers 6 --dim 384      on your own text, larger
+         python rwkv.py --sample "ROMEO:"                       from out/rwkv; the state has one size however long the text
+         python rwkv.py --init 0.1B --tok rwkv_vocab_v20230424.txt --sample "The Eiffel tower"
+                                                                from BlinkDL's weights: 0.1B 0.4B 1.5B 2.9B, any official
+                                                                RWKV-7 .pth, or a folder; the vocabulary is in the
+                                                                package rwkv and in the repository RWKV-LM
+         torchrun --nproc_per_node=2 rwkv.py                    the same run on two GPUs
+         out/rwkv/rwkv.pth                                      what was trained, for rwkv.model.RWKV_x070 and RWKV-LM
+Expect:  validation losses and minutes are in bench/RESULTS.md, each with its command.
+Alone:   this file needs PyTorch, numpy and safetensors; with kernels/ beside it, it is faster.
+"""
+
+import argparse
+import ast
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import functools
+import glob
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+
+try:
+    from kernels.cross_entropy import linear_cross_entropy
+    from kernels.norm import add_layer_norm, layer_norm
+    from kernels.wkv7 import wkv7
+except ModuleNotFoundError:  # this file alone: the same operations in plain PyTorch
+
+    def linear_cross_entropy(x, w, targets, ignore_index=-1):
+        """mean of -log softmax(x w^T)[target]; 2048 rows at a time, and again in backward, so that the logits are never whole."""
+        x, targets = x.flatten(0, -2), targets.flatten()
+        total = x.new_zeros((), dtype=torch.float32)
+        for xs, ts in zip(x.split(2048), targets.split(2048)):
+            part = lambda xs, ts: F.cross_entropy(
+                F.linear(xs, w).float(), ts, ignore_index=ignore_index, reduction="sum"
+            )
+            total = total + checkpoint(part, xs, ts, use_reentrant=False)
+        return total / (targets != ignore_index).sum().clamp(min=1)
+
+    def layer_norm(x, w, b=None, eps=1e-5):
+        return F.layer_norm(x, w.shape, w, b, eps)
+
+    def add_layer_norm(x, r, w, b=None, eps=1e-5):
+        s = x + r
+        return layer_norm(s, w, b, eps), s
+
+    def wkv7(r, w, k, v, a, b, initial=None):
+        return chunkwise(r, w, k, v, a, b, initial)
+
+
+def advance(S, r, w, k, v, a, b):
+    """One token, the definition: S (B, H, N, N) fp32, rows for values, columns for keys; r, w, k, v, a, b (B, H, N) -> S, y.
+
+    S_t = S_{t-1} diag(exp(w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t        (the model: a = -kappa, b = a kappa)
+    """
+    S = S * w.exp()[:, :, None] + (S @ a[..., None]) * b[:, :, None] + v[..., None] * k[:, :, None]
+    return S, (S @ r[..., None])[..., 0]  # (B, H, N, N), (B, H, N)
+
+
+def recurrence(r, w, k, v, a, b, initial=None):
+    """Token after token: r, w, k, v, a, b (B, T, H, N), w the log of the decay, initial (B, H, N, N) or zeros -> y, final S."""
+    B, T, H, N = r.shape
+    S, ys = r.new_zeros(B, H, N, N) if initial is None else initial, []
+    for token in zip(*(z.unbind(1) for z in (r, w, k, v, a, b))):
+        S, y = advance(S, *token)
+        ys.append(y)
+    return torch.stack(ys, 1), S  # (B, T, H, N)
+
+
+def chunkwise(r, w, k, v, a, b, initial=None, L=32):
+    """The same in chunks of L tokens, where it is matrix products. c_t = w_1 + ... + w_t counts from the chunk's start:
+
+    u_t = S_{t-1} a_t = S_0 (e^{c_{t-1}} a_t) + sum_{s<t} ((e^{c_{t-1} - c_s} b_s . a_t) u_s + (e^{c_{t-1} - c_s} k_s . a_t) v_s)
+    y_t = S_t r_t     = S_0 (e^{c_t} r_t)     + sum_{s<=t} ((e^{c_t - c_s} b_s . r_t) u_s + (e^{c_t - c_s} k_s . r_t) v_s)
+    The first is a triangular system for all u of the chunk. w >= -0.61 keeps e^{c_t - c_s} = e^{c_t - m} e^{m - c_s} in range.
+    """
+    B, T, H, N = r.shape
+    dtype, n, pad = r.dtype, -(-T // L), -T % L  # a padded token has w = 0 and writes nothing
+    with torch.autocast(r.device.type, enabled=False):
+        chunks = lambda z: F.pad(z if z.dtype == torch.float64 else z.float(), (0, 0, 0, 0, 0, pad)).view(B, n, L, H, N).transpose(2, 3)
+        r, w, k, v, a, b = (chunks(z) for z in (r, w, k, v, a, b))  # (B, n, H, L, N)
+        c = w.cumsum(3)
+        m, end = c[..., L // 2 : L // 2 + 1, :], c[..., -1:, :]
+        into, back = (c - m).exp(), (m - c).exp()
+        a_in, r_in, kb = a * (into * (-w).exp()), r * into, torch.cat([k, b], 3) * torch.cat([back, back], 3)  # kb (.., 2L, N)
+        A_k, A_b = (a_in @ kb.mT).split(L, -1)  # (B, n, H, L, L)
+        R_k, R_b = (r_in @ kb.mT).split(L, -1)
+        # u = X + Z S_0^T:  (1 - tril(A_b, -1)) [X, Z] = [tril(A_k, -1) v, e^{c_{t-1}} a]
+        known = torch.cat([A_k.tril(-1) @ v, a_in * m.exp()], -1)
+        one = torch.eye(L, dtype=c.dtype, device=c.device)
+        X, Z = torch.linalg.solve_triangular(one - A_b.tril(-1), known, upper=False, unitriangular=True).split(N, -1)
+        kb, decay, starts, us = kb * (end - m).exp(), end.exp(), [], []  # kb: e^{c_L - c_s} k_s and b_s, which reach the chunk's end
+        S = r.new_zeros(B, H, N, N) if initial is None else initial
+        for X_i, Z_i, v_i, kb_i, decay_i in zip(*(z.unbind(1) for z in (X, Z, v, kb, decay))):
+            u = X_i + Z_i @ S.mT  # (B, H, L, N)
+            starts.append(S)
+            us.append(u)
+            S = S * decay_i + torch.cat([v_i, u], 2).mT @ kb_i
+        S_0, u = torch.stack(starts, 1), torch.stack(us, 1)
+        y = (r_in * m.exp()) @ S_0.mT + R_k.tril() @ v + R_b.tril() @ u  # (B, n, H, L, N)
+    return y.transpose(2, 3).reshape(B, n * L, H, N)[:, :T].to(dtype), S
+
+
+@dataclass
+class Config:
+    # the model
+    layers: int = 12  # blocks
+    dim: int = 768  # width C of the residual stream
+    head_dim: int = 64  # size N of a head; its state is N x N, and there are dim / N heads
+    decay_rank: int = 0  # inner size of the low-rank map that gives w; 0: near 2.5 sqrt(dim), as RWKV-LM has it
+    a_rank: int = 0  # the one that gives a; 0: near 2.5 sqrt(dim)
+    v_rank: int = 0  # the one that mixes the first block's v into the others; 0: near 1.7 sqrt(dim)
+    gate_rank: int = 0  # the one that gives g; 0: near 5 sqrt(dim)
+    vocab: int = 0  # rows of the embedding; 0: as many as the tokenizer has
+    # the run
+    preset: str = ""  # sizes and schedule together; default: cpu without a GPU, gpu with one
+    seq: int = 512  # tokens T of a training window; the model itself has no limit
+    l2wrap: float = 0.0  # pull of the largest logit toward 0, in the gradient only; RWKV-LM: 1e-4
+    data: str = "shakespeare"  # name in data/, .txt or .jsonl file, folder or glob of token shards (nanoGPT's, llm.c's)
+    tok: str = ""  # char | byte | gpt2 | a tokenizer.json | a RWKV vocabulary file; default: what suits the data
+    batch: int = 16  # sequences per micro-step, over all processes together
+    accum: int = 1  # micro-steps whose gradients are summed into one step
+    steps: int = 1000  # optimizer steps
+    lr: float = 6e-4  # peak learning rate
+    lr_end: float = 0.0  # last learning rate, as a fraction of --lr; cosine in between
+    warmup: int = 0  # steps of linear warm-up
+    beta2: float = 0.95  # second moment's decay in AdamW
+    wd: float = 0.1  # weight decay, on matrices only
+    clip: float = 1.0  # largest gradient norm; 0: no clipping
+    optim: str = "adamw"  # adamw | muon (matrices inside blocks; AdamW for the rest) | adamw8bit
+    seed: int = 1337  # of weights, batches and samples
+    device: str = ""  # cpu | cuda | mps; default: the best there is
+    dtype: str = "auto"  # auto (bf16 where it is faster here) | fp32 | bf16 (autocast)
+    compile: bool = False  # torch.compile
+    ckpt: bool = False  # recompute each block in backward instead of keeping its activations
+    fsdp: bool = False  # under torchrun: shard parameters, gradients and optimizer (FSDP2) instead of copying them
+    out: str = ""  # folder of the run; default out/<file>
+    resume: bool = False  # go on with the run in --out, bit for bit
+    init: str = ""  # start from a checkpoint: folder, file or hub name
+    eval_every: int = 250  # steps between evaluations and saves
+    eval_iters: int = 64  # batches of an evaluation; always the same ones
+    log_every: int = 10  # steps between progress lines
+    sample: str = ""  # generate after this text, from --out or --init, instead of training
+    tokens: int = 300  # how many to generate
+    temp: float = 0.8  # temperature; 0: the most likely token
+    top_k: int = 0  # draw from the k most likely; 0: from all
+    top_p: float = 1.0  # draw from the most likely that make up this probability
+
+
+RWKV_LM = dict(seq=512, l2wrap=1e-4, vocab=65536, tok="gpt2", data="openwebtext", warmup=10, lr_end=0.1, beta2=0.99, wd=0.1, eval_every=1000)
+PRESETS = {
+    # about two minutes on two cores; what else was tried is in bench/RESULTS.md
+    "cpu": dict(layers=4, dim=96, head_dim=32, seq=128, batch=16, steps=1000, lr=3e-3, lr_end=0.1, warmup=20, beta2=0.99, eval_every=500),
+    # a character model for one 12 GB GPU, at the size of gpt2.py's
+    "gpu": dict(layers=6, dim=384, seq=256, batch=64, steps=5000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99),
+    # the released sizes, with the learning rates that RWKV-LM gives for them, about 0.5M tokens a step on one 12 GB GPU
+    "0.1B": dict(layers=12, dim=768, v_rank=32, gate_rank=128, batch=16, accum=64, steps=100_000, lr=6e-4, **RWKV_LM),
+    "0.4B": dict(layers=24, dim=1024, decay_rank=64, a_rank=64, v_rank=32, gate_rank=128, batch=8, accum=128, steps=100_000, lr=4e-4, **RWKV_LM),
+    "1.5B": dict(layers=24, dim=2048, v_rank=64, gate_rank=256, batch=1, accum=1024, steps=100_000, lr=3e-4, optim="adamw8bit", ckpt=True, **RWKV_LM),
+    "2.9B": dict(layers=32, dim=2560, v_rank=64, gate_rank=320, batch=1, accum=1024, steps=100_000, lr=3e-4, optim="adamw8bit", ckpt=True, **RWKV_LM),
+}  # fmt: skip
+
+
+class LayerNorm(nn.Module):
+    """y = (x - mean) / sqrt(var + 1e-5) * weight + bias over the last dimension."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(C))
+        self.bias = nn.Parameter(torch.zeros(C))
+
+    def forward(self, x):
+        return layer_norm(x, self.weight, self.bias)
+
+
+def shift(h, last=None):
+    """h_{t-1} for each t of h (B, T, C); before the first stands last (B, C), or 0 at the start of a text."""
+    return F.pad(h, (0, 0, 1, -1)) if last is None else torch.cat([last[:, None].to(h.dtype), h[:, :-1]], 1)
+
+
+def wide(*tensors):
+    return [t if t.dtype == torch.float64 else t.float() for t in tensors]
+
+
+# What stands between the matrix products reads and writes whole (B, T, C) tensors and is memory-bound. Autograd would keep every
+# intermediate; these four keep their inputs, which other operations keep anyway, and go through memory less often.
+class Mixes(torch.autograd.Function):
+    """h (B, T, C), last (B, C) or None, some mu (1, 1, C) -> for each mu the mix h_t + mu (h_{t-1} - h_t)."""
+
+    @staticmethod
+    def forward(ctx, h, last, *mus):
+        ctx.save_for_backward(h, last, *mus)
+        d = shift(h, last).sub_(h)
+        return tuple(torch.addcmul(h, d, mu.to(h.dtype)) for mu in mus)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *dxs):
+        h, last, *mus = ctx.saved_tensors
+        d = shift(h, last).sub_(h)
+        dmus = [(dx * d).sum((0, 1), keepdim=True) for dx in dxs]
+        dh, before = dxs[0].clone(), dxs[0] * mus[0]  # before: what goes to h_{t-1}
+        for dx, mu in zip(dxs[1:], mus[1:]):
+            dh.add_(dx)
+            before.addcmul_(dx, mu)
+        dh.sub_(before)[:, :-1].add_(before[:, 1:])
+        return dh, None if last is None else before[:, 0], *dmus
+
+
+class Gates(torch.autograd.Function):
+    """k and, before their sigmoids, w and a (B, T, C) -> what the recurrence takes: w, k, -kappa and a kappa (B, T, C).
+
+    w = -e^{-1/2} sigma(w), so that a decay is between 0.545 and 1;   a = sigma(a), the rate of learning in context
+    kappa = k k_k, of length 1 in each head;   k = k (1 + (a - 1) k_a)
+    """
+
+    @staticmethod
+    def parts(k, a, k_k, k_a, heads):
+        k, a = wide(k, a)
+        a = a.sigmoid()
+        p = (k * k_k).unflatten(-1, heads)  # (B, T, H, N)
+        length = torch.linalg.vector_norm(p, dim=-1, keepdim=True).clamp_(min=1e-12)
+        return k, a, p.div_(length), length
+
+    @staticmethod
+    def forward(ctx, k, w, a, k_k, k_a, heads):
+        ctx.save_for_backward(k, w, a, k_k, k_a)
+        ctx.heads, dtype = heads, k.dtype
+        k, a, kappa, _ = Gates.parts(k, a, k_k, k_a, heads)
+        rate = (a - 1).mul_(k_a).add_(1)
+        w = wide(w)[0].sigmoid().mul_(-math.exp(-0.5))
+        kappa = kappa.flatten(-2)
+        return tuple(t.to(dtype) for t in (w, rate.mul_(k), -kappa, kappa.mul_(a)))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dw, dk_out, dminus, db):
+        k, w, a, k_k, k_a = ctx.saved_tensors
+        dtype, dw, dk_out, dminus, db = k.dtype, *wide(dw, dk_out, dminus, db)
+        k, a, kappa, length = Gates.parts(k, a, k_k, k_a, ctx.heads)
+        s = wide(w)[0].sigmoid()
+        dw = torch.ops.aten.sigmoid_backward(dw, s).mul_(-math.exp(-0.5))
+        # kappa = p / |p|:   dp = (dkappa - kappa (kappa . dkappa)) / |p|
+        dkappa = (db * a).sub_(dminus).unflatten(-1, ctx.heads)
+        dp = dkappa.addcmul_(kappa, (kappa * dkappa).sum(-1, keepdim=True), value=-1).div_(length).flatten(-2)
+        dk_k = (dp * k).sum((0, 1), keepdim=True)
+        g = dk_out * k
+        da = (g * k_a).addcmul_(db, kappa.flatten(-2))
+        rate = a - 1
+        dk_a = g.mul_(rate).sum((0, 1), keepdim=True)
+        dk = dp.mul_(k_k).addcmul_(dk_out, rate.mul_(k_a).add_(1))
+        return dk.to(dtype), dw.to(dtype), torch.ops.aten.sigmoid_backward(da, a).to(dtype), dk_k, dk_a, None
+
+
+class Readout(torch.autograd.Function):
+    """y, r, k, v, g (B, T, C) -> (norm(y) weight + bias + (sum r k rho) v) g: norm and sum over each head, rho (H, N)."""
+
+    @staticmethod
+    def parts(y, r, k, v, g, rho):
+        y, r, k, v, g = (t.unflatten(-1, rho.shape) for t in wide(y, r, k, v, g))  # (B, T, H, N)
+        n = y - y.mean(-1, keepdim=True)
+        rstd = torch.linalg.vector_norm(n, dim=-1, keepdim=True).square_().div_(n.shape[-1]).add_(64e-5).rsqrt_()
+        return n.mul_(rstd), rstd, r, k, v, g, (r * k).mul_(rho).sum(-1, keepdim=True)
+
+    @staticmethod
+    def forward(ctx, y, r, k, v, g, rho, weight, bias):
+        ctx.save_for_backward(y, r, k, v, g, rho, weight, bias)
+        n, _, _, _, v, gate, bonus = Readout.parts(y, r, k, v, g, rho)
+        out = n.mul_(weight.view_as(rho)).add_(bias.view_as(rho)).addcmul_(bonus, v).mul_(gate)
+        return out.flatten(-2).to(g.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        *ins, rho, weight, bias = ctx.saved_tensors
+        n, rstd, r, k, v, g, bonus = Readout.parts(*ins, rho)
+        w, dout = weight.view_as(rho), wide(dout)[0].unflatten(-1, rho.shape)
+        dg = (n * w).add_(bias.view_as(rho)).addcmul_(bonus, v).mul_(dout)
+        do = dout * g
+        dbonus = (do * v).sum(-1, keepdim=True)  # (B, T, H, 1)
+        dv, t = do * bonus, dbonus * rho
+        dr, dk = t * k, t.mul_(r)
+        drho = (r * k).mul_(dbonus).sum((0, 1))
+        dbias, dweight = do.sum((0, 1)).flatten(), (do * n).sum((0, 1)).flatten()
+        # n = (y - mean) rstd:   dy = rstd (dn - mean(dn) - n mean(dn n))
+        dn = do.mul_(w)
+        inner = (dn * n).mean(-1, keepdim=True)
+        dy = dn.sub_(dn.mean(-1, keepdim=True)).addcmul_(n, inner, value=-1).mul_(rstd)
+        grads = [t.flatten(-2).to(x.dtype) for t, x in zip((dy, dr, dk, dv, dg), ins)]
+        return *grads, drho, dweight, dbias
+
+
+class SquaredReLU(torch.autograd.Function):
+    """relu(k)^2 w^T, k (B, T, F), w (C, F), which keeps relu(k) and not its square."""
+
+    @staticmethod
+    def forward(ctx, k, w):
+        k = F.relu(k)
+        ctx.save_for_backward(k, w)
+        return F.linear(k * k, w.to(k.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        k, w = ctx.saved_tensors
+        dk = (dy @ w.to(k.dtype)).mul_(k).mul_(2)
+        return dk, (dy.flatten(0, 1).mT @ (k * k).flatten(0, 1)).to(w.dtype)
+
+
+def orthogonal(rows, cols, gain):
+    return nn.Parameter(nn.init.orthogonal_(torch.empty(rows, cols), gain))
+
+
+class TimeMix(nn.Module):
+    def __init__(self, cfg, i):
+        super().__init__()
+        C, N = cfg.dim, cfg.head_dim
+        self.first, self.H, self.N = i == 0, C // N, N
+        # initial values of RWKV-LM: mixes and decays spread over the channels, differently in each layer
+        n, depth, left = torch.arange(C), i / max(1, cfg.layers - 1), 1 - i / cfg.layers
+        line, zigzag = n / (C - 1) - 0.5, ((n % N) - (N - 1) / 2) / ((N - 1) / 2)
+        zigzag = zigzag * zigzag.abs()
+        vector = lambda x: nn.Parameter(x.view(1, 1, C))
+        for name, power in dict(r=0.2, w=0.9, k=0.7, v=0.7, a=0.9, g=0.2).items():
+            setattr(self, f"x_{name}", vector(1 - (n / C) ** (power * left)))
+        self.w0 = vector(-6 + 6 * (n / (C - 1)) ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag)
+        self.a0 = vector(-0.19 + 0.3 * zigzag + 0.4 * line)
+        self.v0 = None if self.first else vector(0.73 - 0.4 * line)
+        self.k_k = vector(0.71 - 0.1 * line)
+        self.k_a = vector(torch.full((C,), 1.02))
+        self.r_k = nn.Parameter(torch.full((self.H, N), -0.04))
+        for name, rank in zip("wavg", ranks(cfg)):
+            if name == "v" and self.first:
+                self.v1 = self.v2 = None
+                continue
+            setattr(self, f"{name}1", nn.Parameter(torch.zeros(C, rank)))
+            setattr(self, f"{name}2", orthogonal(rank, C, 0.1 * max(1, rank / C) ** 0.5))
+        self.receptance, self.key, self.value, self.output = (nn.Linear(C, C, bias=False) for _ in range(4))
+        self.ln_x = nn.GroupNorm(self.H, C, eps=64e-5)
+        nn.init.orthogonal_(self.receptance.weight)
+        nn.init.orthogonal_(self.key.weight, 0.1)
+        nn.init.orthogonal_(self.value.weight)
+        nn.init.zeros_(self.output.weight)
+        nn.init.constant_(self.ln_x.weight, ((1 + i) / cfg.layers) ** 0.7)
+
+    def forward(self, h, v_first, last=None, S=None):
+        """h, v_first (B, T, C); last (B, C) and S (B, H, N, N) of the tokens before -> output, v_first, final S."""
+        B, T, C = h.shape
+        x_r, x_w, x_k, x_v, x_a, x_g = Mixes.apply(h, last, self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
+        r, k, v, w, a, g, v_first = self.projections(x_r, x_w, x_k, x_v, x_a, x_g, v_first)
+        w, k, minus_kappa, b = Gates.apply(k, w, a, self.k_k, self.k_a, self.r_k.shape)
+        y, S = wkv7(*(z.view(B, T, self.H, self.N) for z in (r, w, k, v, minus_kappa, b)), initial=S)
+        y = Readout.apply(y.reshape(B, T, C), r, k, v, g, self.r_k, self.ln_x.weight, self.ln_x.bias)
+        return self.output(y), v_first, S
+
+    def projections(self, x_r, x_w, x_k, x_v, x_a, x_g, v_first):
+        """Matrices, and for what needs less a product of two narrow ones. w and a are without their sigmoids."""
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
+        w = F.linear(torch.tanh(x_w @ self.w1), self.w2.t(), self.w0.flatten())
+        a = F.linear(x_a @ self.a1, self.a2.t(), self.a0.flatten())
+        g = torch.sigmoid(x_g @ self.g1) @ self.g2
+        if self.first:
+            return r, k, v, w, a, g, v
+        return r, k, torch.lerp(v, v_first, torch.sigmoid(F.linear(x_v @ self.v1, self.v2.t(), self.v0.flatten()))), w, a, g, v_first
+
+    def token(self, h, v_first, last, S):
+        """forward for one token, h (B, 1, C), in the paper's words."""
+        heads = lambda z: z.view(-1, self.H, self.N)
+        d = last[:, None] - h
+        x = [torch.addcmul(h, d, mu) for mu in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)]
+        r, k, v, w, a, g, v_first = self.projections(*x, v_first)
+        w = -math.exp(-0.5) * torch.sigmoid(w)
+        a = torch.sigmoid(a)
+        kappa = F.normalize(heads(k * self.k_k), dim=-1)
+        k = k * (1 + (a - 1) * self.k_a)
+        S, y = advance(S, heads(r), heads(w), heads(k), heads(v), -kappa, kappa * heads(a))
+        y = F.group_norm(y.flatten(1), self.H, self.ln_x.weight, self.ln_x.bias, 64e-5)
+        y = y + (heads(r * k) * self.r_k).sum(-1, keepdim=True).mul(heads(v)).flatten(1)
+        return self.output(y[:, None] * g), v_first, S
+
+
+class ChannelMix(nn.Module):
+    def __init__(self, cfg, i):
+        super().__init__()
+        C = cfg.dim
+        self.x_k = nn.Parameter(1 - (torch.arange(C).view(1, 1, C) / C) ** ((1 - i / cfg.layers) ** 4))
+        self.key, self.value = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
+        nn.init.orthogonal_(self.key.weight)
+        nn.init.zeros_(self.value.weight)
+
+    def forward(self, h, last=None):
+        return SquaredReLU.apply(self.key(*Mixes.apply(h, last, self.x_k)), self.value.weight)
+
+    def token(self, h, last):
+        return self.value(F.relu(self.key(torch.addcmul(h, last[:, None] - h, self.x_k))).square())
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, i):
+        super().__init__()
+        if i == 0:
+            self.ln0 = LayerNorm(cfg.dim)
+        self.ln1 = LayerNorm(cfg.dim)
+        self.ln2 = LayerNorm(cfg.dim)
+        self.att = TimeMix(cfg, i)
+        self.ffn = ChannelMix(cfg, i)
+
+    def forward(self, x, v_first, last=(None, None), S=None):
+        """last (2, B, C): what ln1 and ln2 gave for the token before. -> x, v_first, the new last and S."""
+        h1 = self.ln1(x)
+        one = S is not None and x.shape[1] == 1
+        y, v_first, S = (self.att.token if one else self.att)(h1, v_first, last[0], S)
+        h2, x = add_layer_norm(x, y, self.ln2.weight, self.ln2.bias)  # x = x + y, h2 = ln2(x), in one pass
+        x = x + (self.ffn.token if one else self.ffn)(h2, last[1])
+        return x, v_first, torch.stack([h1[:, -1], h2[:, -1]]), S
+
+
+def ranks(cfg):
+    """Inner sizes of the low-rank maps of w, a, v, g: multiples of 32, as RWKV-LM's train_temp suggests them."""
+    near = lambda factor: max(32, round(factor * cfg.dim**0.5 / 32) * 32)
+    return cfg.decay_rank or near(2.5), cfg.a_rank or near(2.5), cfg.v_rank or near(1.7), cfg.gate_rank or near(5)
+
+
+def l2wrap(x, w, factor):
+    """0, with the gradient of factor / 2 mean(largest logit^2): RWKV-LM's guard against logits that drift. x (B, T, C), w (V, C)."""
+    x = x.flatten(0, 1)
+    with torch.no_grad():
+        best = torch.cat([F.linear(part, w).argmax(-1) for part in x.split(512)])
+    pull = factor / 2 * (x * F.embedding(best, w)).sum(-1).float().square().mean()
+    return pull - pull.detach()
+
+
+class Model(nn.Module):
+    """RWKV-7 with the parameter names and layouts of the official checkpoints (head not tied to emb)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        if cfg.dim % cfg.head_dim or cfg.head_dim < 2:
+            bad(f"--head-dim {cfg.head_dim}: --dim {cfg.dim} must be divisible by it, and it by no less than 2")
+        self.cfg = cfg
+        self.context = None  # step() goes on for ever
+        self.emb = nn.Embedding(cfg.vocab, cfg.dim)
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
+        self.ln_out = LayerNorm(cfg.dim)
+        self.head = nn.Linear(cfg.dim, cfg.vocab, bias=False)
+        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
+        nn.init.orthogonal_(self.head.weight, 0.5 * max(1, cfg.vocab / cfg.dim) ** 0.5)
+
+    def stream(self, tokens, state=None):
+        """tokens (B, T) -> the normed residual stream (B, T, C); the state, if there is one, goes on in place."""
+        x, v_first = self.blocks[0].ln0(F.embedding(tokens, self.emb.weight)), None
+        for i, block in enumerate(self.blocks):
+            if state is not None:
+                x, v_first, state["last"][i], state["S"][i] = block(x, v_first, state["last"][i], state["S"][i])
+            elif self.cfg.ckpt and self.training:
+                x, v_first, _, _ = checkpoint(block, x, v_first, use_reentrant=False)
+            else:
+                x, v_first, _, _ = block(x, v_first)
+        return self.ln_out(x)
+
+    def forward(self, tokens, targets=None):
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T), where -1 is ignored: the mean loss, a fp32 scalar."""
+        x = self.stream(tokens)
+        if targets is None:
+            return self.head(x)
+        loss = linear_cross_entropy(x, self.head.weight, targets)
+        return loss + l2wrap(x, self.head.weight, self.cfg.l2wrap) if self.cfg.l2wrap and self.training else loss
+
+    def init_state(self, batch):
+        """What a text begins with: the last token's normed streams (L, 2, B, C) and the memories S (L, B, H, N, N), all 0."""
+        c, p = self.cfg, self.emb.weight
+        S = torch.zeros(c.layers, batch, c.dim // c.head_dim, c.head_dim, c.head_dim, device=p.device)  # fp32 always
+        return {"last": torch.zeros(c.layers, 2, batch, c.dim, dtype=p.dtype, device=p.device), "S": S}
+
+    @torch.no_grad()
+    def step(self, tokens, state):
+        """The next tokens (B, T') -> logits (B, V) after the last of them, and the state, which is changed in place."""
+        for part in tokens.split(1024, 1):  # a long text needs no more memory than a short one
+            x = self.stream(part, state)
+        return self.head(x[:, -1]), state
+
+    def param_groups(self, weight_decay):
+        """RWKV-LM's: matrices named .weight decay, w0 learns twice as fast; `matrix` marks what Muon may orthogonalise."""
+        groups = {
+            "matrices": dict(weight_decay=weight_decay, matrix=True), "outer": dict(weight_decay=weight_decay),
+            "w0": dict(weight_decay=0.0, lr_scale=2.0), "rest": dict(weight_decay=0.0),
+        }  # fmt: skip
+        for name, p in self.named_parameters():
+            kind = "rest" if not (name.endswith(".weight") and p.ndim == 2) else "matrices" if "blocks" in name else "outer"
+            groups["w0" if name.endswith("att.w0") else kind].setdefault("params", []).append(p)
+        return [dict(eps=1e-18, **g) for g in groups.values()]
+
+    def hf_config(self):
+        """config.json; from_pretrained reads all sizes from the tensors' shapes, as the official programs do."""
+        c = self.cfg
+        w, a, v, g = ranks(c)
+        return dict(
+            model_type="rwkv-x070", num_hidden_layers=c.layers, hidden_size=c.dim, head_dim=c.head_dim, vocab_size=c.vocab,
+            decay_low_rank_dim=w, a_low_rank_dim=a, v_low_rank_dim=v, gate_low_rank_dim=g,
+        )  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, source, **overrides):
+        """source: an official .pth, a folder with one, a folder of ours, or a hub name; overrides: Config fields such as seq."""
+        path = find_checkpoint(HUB.get(source, source))
+        own = path.is_dir() and (path / "config.json").is_file()
+        tensors = read_checkpoint(path)[1] if own or path.suffix == ".safetensors" else read_pth(path)
+        try:
+            layers = 1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks."))
+            cfg = Config(layers=layers, head_dim=tensors["blocks.0.att.r_k"].shape[1])
+            cfg.vocab, cfg.dim = tensors["emb.weight"].shape
+            for field, name in dict(decay_rank="w2", a_rank="a2", gate_rank="g2").items():
+                setattr(cfg, field, len(tensors[f"blocks.0.att.{name}"]))
+            cfg.v_rank = len(tensors["blocks.1.att.v2"]) if layers > 1 else 0
+        except (KeyError, ValueError, IndexError) as e:
+            bad(f"{path}: no RWKV-7 ({e})")
+        # block 0 makes v_first and does not mix it in: some files hold v0, v1, v2 for it, which nothing uses
+        tensors = {k: v.float() for k, v in tensors.items() if k not in UNUSED}
+        with torch.device("meta"):  # no time spent on initial values
+            model = cls(dataclasses.replace(cfg, **overrides))
+        model.to_empty(device="cpu")
+        load_strict(model, tensors, path)
+        return model
+
+    def save_pretrained(self, folder, tensors=None, **how):
+        """model.safetensors and config.json, and rwkv.pth: rwkv.model.RWKV_x070(f"{folder}/rwkv", "cpu fp32") loads it.
+        tensors: the state dict where it was gathered elsewhere; how: see write_weights."""
+        tensors = self.state_dict() if tensors is None else tensors
+        write_weights(folder, tensors, self.hf_config(), **how)
+        official = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        if self.cfg.layers > 1:  # RWKV-LM wants those of block 0, too
+            official |= {k: torch.zeros_like(official[k.replace(".0.", ".1.")]) for k in UNUSED}
+        write_file(f"{folder}/rwkv.pth", lambda tmp: torch.save(official, tmp))
+
+
+UNUSED = ["blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"]
+WORLD = "BlinkDL/rwkv-7-world/RWKV-x070-World-"
+HUB = {
+    "0.1B": WORLD + "0.1B-v2.8-20241210-ctx4096.pth", "0.4B": WORLD + "0.4B-v2.9-20250107-ctx4096.pth",
+    "1.5B": WORLD + "1.5B-v3-20250127-ctx4096.pth", "2.9B": WORLD + "2.9B-v3-20250211-ctx4096.pth",
+}  # fmt: skip
+TOK = {50304: "EleutherAI/gpt-neox-20b"}  # of the Pile models; the World models' (65536 rows) is a file that --tok names
+
+
+def read_pth(path):
+    """An official checkpoint, a file or the only one in a folder -> tensors by name. Only plain tensors are unpickled."""
+    files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
+    if len(files) != 1:
+        bad(f"{path}: {len(files)} .pth files; a checkpoint is one .pth, or a folder with one, or with config.json and model.safetensors")
+    try:
+        tensors = torch.load(files[0], map_location="cpu", weights_only=True)
+        return {k.removeprefix("_forward_module."): v for k, v in tensors.items() if torch.is_tensor(v)}
+    except Exception as e:  # a damaged zip, a foreign pickle, no dict
+        bad(f"{files[0]}: damaged, or not a checkpoint ({str(e).splitlines()[0][:120]})")
+
+
+# ----- cli (shared) -----
+ME = Path(__file__).stem
+CHOICES = dict(optim=["adamw", "muon", "adamw8bit"], dtype=["auto", "fp32", "bf16"], device=["cpu", "cuda", "mps"])
+NAMES = [f.name for f in fields(Config)]
+SIZES = NAMES[: NAMES.index("preset")]  # the fields that describe the model; the others describe the run
+POSITIVE = "seq batch accum steps lr eval_every eval_iters log_every tokens".split()
+POSITIVE += [f.name for f in fields(Config) if f.name in SIZES and f.default]
+FRACTION = "dropout beta2 lr_end".split()
+
+
+def bad(message):
+    """A user's mistake: one line that says what is wrong and what would be right, exit code 2."""
+    print(f"{ME}.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv=None):
+    """The flags are the fields of Config, their help the comments there. Returns (the preset's values, the flags given)."""
+    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(Config), re.M))
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    p.error = bad
+    for f in fields(Config):
+        how = dict(type=f.type, metavar="X") if f.type is not list else dict(nargs="+", metavar="X")
+        how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else how
+        p.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{notes[f.name]}  [{f.default!r}]", **how)
+    given = vars(p.parse_args(argv))
+    for k, v in given.items():
+        if k in CHOICES and v not in CHOICES[k]:
+            bad(f"{flag(k)} {v}: one of {', '.join(CHOICES[k])}")
+        if type(v) in (int, float) and not (0 < v < math.inf if k in POSITIVE else 0 <= v < math.inf):
+            bad(f"{flag(k)} {v}: must be {'positive' if k in POSITIVE else '0 or more'}")
+        if k in FRACTION and v > 1 or k in ("dropout", "beta2") and v == 1 or k == "top_p" and not 0 < v <= 1:
+            bad(f"{flag(k)} {v}: must be between 0 and 1")
+    preset = given.get("preset") or ("gpu" if torch.cuda.is_available() else "cpu")
+    if preset not in PRESETS:
+        bad(f"--preset {preset}: one of {', '.join(PRESETS)}")
+    return dict(out=f"out/{ME}") | PRESETS[preset] | dict(preset=preset), given
+
+
+# ----- end -----
+
+
+# ----- data (shared) -----
+class Tokenizer:
+    """encode: str -> array of ids, decode: ids -> str. kind: char | byte | gpt2 | a tokenizer.json, or its hub name | a RWKV vocabulary."""
+
+    def __init__(self, kind, chars=""):
+        self.kind, self.chars = kind, chars  # chars: the sorted characters of kind char; an id is a place among them
+        try:
+            if kind == "char":
+                self.vocab, self.encode, self.decode = len(chars), self.places, lambda ids: "".join(chars[i] for i in ids)
+            elif kind == "byte":
+                self.vocab, self.encode = 256, lambda text: np.frombuffer(text.encode(), np.uint8)
+                self.decode = lambda ids: bytes(ids).decode(errors="replace")
+            elif kind == "gpt2":
+                import tiktoken
+
+                bpe = tiktoken.get_encoding("gpt2")
+                self.vocab, self.decode = bpe.n_vocab, bpe.decode
+                self.encode = lambda text: np.array(bpe.encode_ordinary(text), np.int64)
+            elif kind.endswith(".json") or re.fullmatch(r"[\w.-]+/[\w.-]+", kind) and not Path(kind).exists():
+                import tokenizers
+
+                hf = (tokenizers.Tokenizer.from_file if kind.endswith(".json") else tokenizers.Tokenizer.from_pretrained)(kind)
+                self.vocab, self.decode = hf.get_vocab_size(), hf.decode
+                self.encode = lambda text: np.array(hf.encode(text, add_special_tokens=False).ids, np.int64)
+            elif Path(kind).is_file():  # RWKV: each line is an id, the token as a Python literal, and its length
+                lines = [re.match(r"(\d+) (.+) \d+$", s).groups() for s in open(kind, encoding="utf-8")]
+                words = {int(i): w if isinstance(w := ast.literal_eval(s), bytes) else w.encode() for i, s in lines}
+                self.vocab, self.ids = 1 << max(words).bit_length(), {w: i for i, w in words.items()}
+                self.encode = self.longest
+                self.decode = lambda ids: b"".join(words.get(i, b"") for i in ids).decode(errors="replace")
+            else:
+                bad(f"--tok {kind}: one of char, byte, gpt2, or the path of a tokenizer.json or a RWKV vocabulary")
+        except Exception as e:  # each library has its own exceptions, for a damaged file as for a missing network
+            hint = "; its table is not cached and not to be had: --tok byte needs none" if kind == "gpt2" else ""
+            bad(f"--tok {kind}: cannot be used{hint} ({type(e).__name__})")
+
+    def places(self, text):
+        known, codes = np.array([ord(c) for c in self.chars]), np.frombuffer(text.encode("utf-32-le"), "<u4")
+        ids = np.searchsorted(known, codes).clip(max=len(known) - 1)
+        if (wrong := codes[known[ids] != codes]).size:
+            bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); --tok byte knows every text")
+        return ids
+
+    def longest(self, text):  # greedy: the longest word that the text goes on with
+        raw, ids, at, most = text.encode(), [], 0, max(map(len, self.ids))
+        while at < len(raw):
+            n = next(n for n in range(most, 0, -1) if raw[at : at + n] in self.ids)
+            ids.append(self.ids[raw[at : at + n]])
+            at += n
+        return np.array(ids, np.int64)
+
+
+class Stream:
+    """The tokens of one split: shards end to end. A window of seq + 1 tokens never crosses from one shard into the next."""
+
+    def __init__(self, shards, cfg, name):
+        self.shards = [s for s in shards if len(s) > cfg.seq]
+        self.name = f"the {name} split of --data {cfg.data}"
+        if not self.shards:
+            bad(f"--seq {cfg.seq}: {self.name} has only {max(map(len, shards), default=0):,} tokens in a piece")
+        self.seq, self.vocab, self.tokens = cfg.seq, cfg.vocab, sum(map(len, shards))
+        self.first = np.cumsum([0] + [len(s) - cfg.seq for s in self.shards])  # number of each shard's first window, and of all
+
+    def windows(self, numbers):
+        """Window numbers (n) -> inputs and targets (n, seq) int64; a target is the token after its input."""
+        rows = []
+        for i in numbers:
+            s = np.searchsorted(self.first, i, side="right") - 1
+            rows.append(self.shards[s][i - self.first[s] :][: self.seq + 1])
+        w = torch.from_numpy(np.stack(rows).astype(np.int64))
+        if w.max() >= self.vocab:
+            bad(f"{self.name}: token id {w.max()} is outside the vocabulary of {self.vocab}; --tok must be the data's own")
+        return w[:, :-1].contiguous(), w[:, 1:].contiguous()
+
+    def batch(self, cfg, step, micro, rank, world):
+        """A pure function of (seed, step, micro), split over the processes: any number of them sees the same data."""
+        numbers = np.random.default_rng((cfg.seed, step, micro)).integers(self.first[-1], size=cfg.batch)
+        return self.windows(numbers[rank::world])
+
+    def start(self):
+        """What the sample at the end of a run begins with: the first token."""
+        return self.shards[0][:1]
+
+    def fixed(self, cfg):
+        """The evaluation's windows: all that fit without overlap, or eval_iters batches spread evenly."""
+        whole = np.arange(0, self.first[-1], self.seq)
+        n = cfg.eval_iters * cfg.batch
+        return whole if len(whole) <= n else np.linspace(0, self.first[-1] - 1, n).astype(np.int64)
+
+
+def shard(path):
+    """Memory-mapped tokens of nanoGPT's .bin (no header, uint16, uint32 above 65,536 words) or llm.c's (header of 1024 bytes)."""
+    head = np.fromfile(path, "<i4", 256)
+    if len(head) == 256 and head[0] in (20240520, 20240801):
+        tokens = np.memmap(path, "<u2" if head[0] == 20240520 else "<u4", "r", offset=1024)
+        if len(tokens) != head[2]:
+            bad(f"{path}: {len(tokens):,} tokens where its header says {head[2]:,}: the file is cut or damaged")
+        return tokens
+    meta = path.parent / "meta.json"
+    wide = meta.is_file() and json.loads(meta.read_text())["vocab_size"] > 65536
+    return np.memmap(path, "<u4" if wide else "<u2", "r") if path.stat().st_size else np.empty(0, np.uint16)
+
+
+class PlainPickle(pickle.Unpickler):
+    """For nanoGPT's meta.pkl: dicts, strings and numbers only. It can name no class or function, so no code can run."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+
+
+def prepared(cfg, given, tok):
+    """The folder of a set in data/, made by data/<name>.py the first time. Without a network stdlib stands in for the default."""
+    script = Path(__file__).parent / "data" / f"{cfg.data}.py"
+    kind = cfg.tok or re.search(r'^NAME, TOK = "\w+", "(\w+)"', script.read_text(), re.M).group(1)
+    folder = script.with_suffix("") / kind
+    if not (folder / "meta.json").is_file():
+        r = subprocess.run([sys.executable, script, "--tok", kind], stderr=subprocess.PIPE, text=True)
+        said = (r.stderr.strip().splitlines() or ["it failed"])[-1]
+        if r.returncode and cfg.data == "shakespeare" and not given.keys() & {"data", "resume"} and not tok:
+            print(f"!!! {said}\n!!! training on the source of Python's own library instead: --data stdlib --tok byte")
+            cfg.data, cfg.tok = "stdlib", "byte"
+            return prepared(cfg, given, tok)
+        if r.returncode:
+            bad(said)
+    return folder
+
+
+def load_text(cfg, given, tok):
+    """-> (training Stream, validation Stream, Tokenizer); sets cfg.tok and cfg.vocab. tok: a checkpoint's, which must fit."""
+    folder, text = Path(__file__).parent / "data", None
+    cfg.tok = cfg.tok or (tok.kind if tok else "")
+    if not folder.is_dir() and cfg.data in ("shakespeare", "stdlib") and "data" not in given:  # this file alone
+        print("!!! no data/ beside this file: training on the source of Python's own library; --data my.txt for your text")
+        root = Path(sysconfig.get_paths()["stdlib"])
+        text = "\n".join(f.read_text(errors="replace") for f in sorted([*root.glob("*.py"), *root.glob("*/*.py")]))
+        cfg.data, cfg.tok = "stdlib", "byte"
+    elif cfg.data.endswith((".txt", ".jsonl")):
+        try:
+            text = Path(cfg.data).read_bytes().decode()  # bytes: no newline is translated
+            if cfg.data.endswith(".jsonl"):
+                text = "\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+        except OSError as e:
+            bad(f"--data {cfg.data}: {e.strerror}")
+        except (ValueError, KeyError, TypeError) as e:
+            bad(f'--data {cfg.data}: not UTF-8, or a line without {{"text": "..."}} ({type(e).__name__}: {e})')
+    if text is not None:
+        kind = cfg.tok = cfg.tok or "char"
+        chars = tok.chars if tok else "".join(sorted(set(text)))
+        tok = tok or Tokenizer(kind, chars if kind == "char" else "")
+        cut = int(len(text) * 0.9)  # nanoGPT's split: the last tenth of the characters
+        parts = dict(train=[tok.encode(text[:cut])], val=[tok.encode(text[cut:])])
+    else:
+        script = folder / f"{cfg.data}.py"
+        where = prepared(cfg, given, tok) if script.is_file() and script.stem != "common" else Path(cfg.data)
+        files = sorted(where.glob("*.bin")) if where.is_dir() else [Path(f) for f in sorted(glob.glob(str(where)))]
+        files = [f for f in files if f.suffix == ".bin"]
+        if not files:
+            names = ", ".join(sorted(f.stem for f in folder.glob("*.py") if f.stem != "common"))
+            bad(f"--data {cfg.data}: no .txt, .jsonl, folder or glob of .bin shards" + (f", nor one of {names}" if names else ""))
+        meta, old = files[0].parent / "meta.json", files[0].parent / "meta.pkl"
+        kind, chars = cfg.tok or "gpt2", ""
+        try:
+            if meta.is_file():
+                m = json.loads(meta.read_text())
+                kind, chars = m["tok"], m.get("chars", "")
+            elif old.is_file():
+                m = PlainPickle(open(old, "rb")).load()
+                kind, chars = "char", "".join(m["itos"][i] for i in range(m["vocab_size"]))
+        except Exception as e:  # JSON and pickle have many
+            bad(f"{files[0].parent}: meta.json or meta.pkl is damaged ({e})")
+        if tok and (tok.kind, tok.chars) != (kind, chars) or cfg.tok and cfg.tok != kind:
+            bad(f"--data {cfg.data}: its tokens are {kind}, but {tok.kind if tok else cfg.tok} is asked for, or other characters")
+        cfg.tok, tok = kind, tok or Tokenizer(kind, chars)
+        val = [f for f in files if "val" in f.name]
+        parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name], val=[shard(f) for f in val])
+        if not val:  # shards without a split: the last tenth of the last one
+            *rest, last = parts["train"]
+            parts = dict(train=[*rest, last[: len(last) * 9 // 10]], val=[last[len(last) * 9 // 10 :]])
+    if cfg.vocab and cfg.vocab < tok.vocab:
+        bad(f"--vocab {cfg.vocab}: the tokenizer {cfg.tok} has {tok.vocab:,} tokens")
+    cfg.vocab = cfg.vocab or tok.vocab
+    return Stream(parts["train"], cfg, "train"), Stream(parts["val"], cfg, "val"), tok
+
+
+# ----- end -----
+
+
+# ----- load (shared) -----
+load_data = load_text
+
+
+# ----- end -----
+
+
+# ----- schedule (shared) -----
+def schedule(step, cfg):
+    """-> factors of --lr and --wd: linear warm-up to 1, then half a cosine down to lr_end; the decay stays."""
+    r = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+    lr = (step + 1) / (cfg.warmup + 1) if r < 0 else cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * r))
+    return lr, 1.0
+
+
+# ----- end -----
+
+
+# ----- optimizer (shared) -----
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step, 0.2 sqrt(max(m, n)) (Liu et al. 2025, arXiv:2502.16982).
+
+    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1. torch.optim.Muon
+    does it in bf16, which a CPU without bf16 units does at 1/100 of its speed; here in fp32 there, matrices of a shape at once.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+                    self.state[p].setdefault("momentum", torch.zeros_like(p))
+            for (*_, m, n), ps in shapes.items():
+                grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
+                torch._foreach_lerp_(M, grads, 1 - group["momentum"])
+                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).view(-1, m, n)  # Nesterov's look ahead
+                X = X.bfloat16() if X.is_cuda else X
+                X = X.mT if m > n else X
+                X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+                for _ in range(5):
+                    A = X @ X.mT
+                    X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+                X = X.mT if m > n else X
+                torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(ps, list(X.to(ps[0].dtype).view(-1, *ps[0].shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
+
+
+def make_optimizers(model, cfg):
+    """[AdamW], or [Muon for the groups that the model marks as `matrix`, AdamW for the rest]."""
+    groups = [{"lr_scale": 1.0, "matrix": False, "wd": g["weight_decay"]} | g for g in model.param_groups(cfg.wd)]
+    held = sorted(id(p) for g in groups for p in g["params"])
+    assert held == sorted(id(p) for p in model.parameters() if p.requires_grad), "every parameter is in one group"
+    how = dict(lr=cfg.lr, betas=(0.9, cfg.beta2))
+    if cfg.fsdp and cfg.optim != "adamw":
+        bad(f"--optim {cfg.optim}: it needs whole tensors, and --fsdp splits them; --optim adamw does not")
+    try:
+        from kernels.adamw import AdamW, AdamW8bit
+    except ModuleNotFoundError:
+        if cfg.optim == "adamw8bit":
+            bad("--optim adamw8bit: it needs the folder kernels/ beside this file")
+        AdamW = functools.partial(torch.optim.AdamW, fused=True)
+    if cfg.optim == "adamw8bit":
+        return [AdamW8bit(groups, **how)]
+    if cfg.optim == "adamw":
+        return [AdamW(groups, **how)]
+    return [Muon([g for g in groups if g["matrix"]], cfg.lr, cfg.wd), AdamW([g for g in groups if not g["matrix"]], **how)]
+
+
+def set_lr(optimizers, step, cfg):
+    """lr and weight decay of this step: what the groups began with, times schedule(); a group's lr_scale multiplies its lr."""
+    lr, wd = schedule(step, cfg)
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["lr"], group["weight_decay"] = cfg.lr * lr * group["lr_scale"], group["wd"] * wd
+    return cfg.lr * lr
+
+
+# ----- end -----
+
+
+# ----- checkpoint (shared) -----
+def write_file(path, write):
+    """write(a temporary path), onto the disk, rename: at any instant path is the whole old file or the whole new one."""
+    tmp = f"{path}.tmp"
+    write(tmp)
+    with open(tmp, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def write_weights(folder, tensors, config, name="model", new="", step=None):
+    """<name>.safetensors and its config, as the family's own library loads them. new, step: see save()."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    config_name = f"{name.removesuffix('_model')}_config.json" if name.endswith("_model") else "config.json"
+    write_file(f"{folder}/{config_name}", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
+    tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
+    write_file(f"{folder}/{name}.safetensors{new}", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
+
+
+def find_checkpoint(source):
+    """A folder, a file, or a model's name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
+    if Path(source).exists():
+        return Path(source)
+    try:
+        from huggingface_hub import hf_hub_download, snapshot_download
+
+        if len(parts := source.split("/")) > 2:
+            return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+        path = Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
+        return path if [*path.glob("*.safetensors")] else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"]))
+    except Exception as e:  # no such name, no network, no library
+        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); a hub name is owner/name")
+
+
+def read_checkpoint(path):
+    """A folder, or a weights file in one -> (config.json as a dict, tensors by name). Only plain tensors are ever unpickled."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
+        if path.is_file():
+            files = [path]
+        elif index.is_file():
+            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        else:
+            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file() else "pytorch_model.bin")]
+        tensors = {}
+        for f in files:
+            tensors |= load_file(f) if f.suffix == ".safetensors" else torch.load(f, map_location="cpu", weights_only=True)
+        return config, tensors
+    except FileNotFoundError as e:
+        bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
+    except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
+        bad(f"{path}: damaged, or not a checkpoint ({str(e).splitlines()[0][:120]})")
+
+
+def load_strict(model, tensors, path):
+    """Copy tensors into the model; one that is missing, left over or of another shape is named and refused."""
+    own = model.state_dict()
+    for k in sorted(own.keys() | tensors.keys()):
+        if k not in tensors or k not in own:
+            bad(f"{path}: {'no tensor' if k in own else 'unknown tensor'} {k}")
+        if tensors[k].shape != own[k].shape:
+            bad(f"{path}: {k} is {tuple(tensors[k].shape)}, but {tuple(own[k].shape)} is asked for")
+    model.load_state_dict(tensors)
+
+
+def sharded(cfg):
+    """With --fsdp every process holds a part: these make and take whole state dicts on the first one."""
+    from torch.distributed.checkpoint import state_dict as D
+
+    return D, D.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def save(cfg, model, optimizers, tok, step, best):
+    """The run's folder. Both large files are whole on the disk before the first rename, which decides (load_run ends the second)."""
+    weights, states = model.state_dict, [o.state_dict for o in optimizers]
+    if cfg.fsdp:
+        D, how = sharded(cfg)
+        weights = functools.partial(D.get_model_state_dict, model, options=how)
+        states = [functools.partial(D.get_optimizer_state_dict, model, o, options=how) for o in optimizers]
+    weights, states = weights(), [s() for s in states]
+    if int(os.environ.get("RANK", 0)) == 0:
+        model.save_pretrained(cfg.out, weights, new=".new", step=step)
+        kind = dict(tok=tok.kind, chars=tok.chars)
+        write_file(f"{cfg.out}/tok.json", lambda tmp: Path(tmp).write_text(json.dumps(kind)))
+        state = dict(config=asdict(cfg), optimizers=states, step=step, best=best)
+        write_file(f"{cfg.out}/train_state.pt", lambda tmp: torch.save(state, tmp))
+        for new in Path(cfg.out).glob("*.safetensors.new"):
+            os.replace(new, new.with_suffix(""))
+
+
+def load_run(out):
+    """What save() left in train_state.pt, or None."""
+    path = Path(out, "train_state.pt")
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for new in Path(out).glob("*.safetensors.new"):
+            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of train_state.pt's step here
+                if f.metadata()["step"] == str(state["step"]):
+                    os.replace(new, new.with_suffix(""))
+        return state
+    except Exception as e:  # a damaged zip, a foreign pickle, a file that is no dict
+        bad(f"{path}: damaged, or not of this program ({str(e).splitlines()[0][:120]})")
+
+
+def load_tokenizer(path, vocab):
+    """The tokenizer beside a checkpoint; without one the family's, where the vocabulary is its; or None."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / "tok.json").is_file():
+        kind = json.loads((folder / "tok.json").read_text())
+        return Tokenizer(kind["tok"], kind["chars"])
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer(str(folder / "tokenizer.json"))
+    return Tokenizer(TOK[vocab]) if vocab in TOK else None
+
+
+# ----- end -----
+
+
+# ----- train (shared) -----
+def pick_device(cfg):
+    """-> (device, rank, world size); under torchrun each process takes its own GPU."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, rank, world = cfg.device or best, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if kind != "cpu" and kind != best:
+        bad(f"--device {kind}: this machine, or this PyTorch, has none; --device cpu works everywhere")
+    if cfg.batch % world:
+        bad(f"--batch {cfg.batch}: must be divisible by the {world} processes that share it")
+    if cfg.fsdp and "RANK" not in os.environ:
+        bad("--fsdp: start it with torchrun --nproc_per_node=N")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    elif sys.platform == "linux":  # glibc: keep freed memory for the next step instead of returning its pages, 4 to 8% of a step
+        ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return device, rank, world
+
+
+def bf16_pays(device, model, batch):
+    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if they are faster, a whole micro-step."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False), "auto"
+
+    def fastest(run):
+        times = [(time.perf_counter(), run(), time.perf_counter()) for _ in range(3)]
+        return min(end - start for start, _, end in times)
+
+    def step(enabled):
+        with torch.autocast(device.type, torch.bfloat16, enabled):
+            loss = model(*batch)
+        loss.backward()
+        model.zero_grad()
+
+    a = torch.randn(256, 256, device=device)
+    b = a.bfloat16()
+    if fastest(lambda: b @ b) > fastest(lambda: a @ a):
+        return False, "auto: matrices multiply more slowly in bf16 here"
+    fp32, bf16 = fastest(lambda: step(False)), fastest(lambda: step(True))
+    return bf16 < fp32, f"auto: a micro-step takes {fp32 * 1e3:.0f} ms in fp32, {bf16 * 1e3:.0f} ms in bf16"
+
+
+@torch.no_grad()
+def evaluate(model, stream, cfg, device, cast):
+    """Mean loss over the split's fixed windows. Every process does them all, so that the number does not depend on how many."""
+    model.eval()
+    total, numbers = 0.0, stream.fixed(cfg)
+    for i in range(0, len(numbers), cfg.batch):
+        x, y = stream.windows(numbers[i : i + cfg.batch])
+        with torch.autocast(device.type, torch.bfloat16, cast):
+            total += model(x.to(device), y.to(device)).item() * len(x)
+    model.train()
+    return total / len(numbers)
+
+
+def train(cfg, given, model, tok, state):
+    """model, tok: from a checkpoint, or None; state: load_run()'s of the run that goes on, or None. Returns the last val loss."""
+    device, rank, world = pick_device(cfg)
+    say = print if rank == 0 else lambda *a, **k: None
+    if rank:
+        dist.barrier()  # the first process downloads and prepares, the others find it done
+    train_data, val_data, tok = load_data(cfg, given, tok)
+    if world > 1 and not rank:
+        dist.barrier()
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        Path(cfg.out, "log.csv").open("a").close()
+    except OSError as e:
+        bad(f"--out {cfg.out}: {e.strerror}")
+    torch.manual_seed(cfg.seed)
+    model = (model or Model(cfg)).to(device)
+    model.cfg = cfg
+    cast, why = cfg.dtype == "bf16", "asked for"
+    if cfg.dtype == "auto":
+        cast, why = bf16_pays(device, model, [t.to(device) for t in train_data.batch(cfg, 0, 0, rank, world)])
+    if world > 1:
+        (cast, why), _ = shared = [(cast, why), None]
+        dist.broadcast_object_list(shared)
+        cast, why = shared[0]
+    if hasattr(model, "prepare"):
+        model.prepare(cast)
+    if cfg.fsdp:
+        from torch.distributed.fsdp import fully_shard
+
+        for part in [*(m for m in model.modules() if isinstance(m, Block)), model]:
+            fully_shard(part, mesh=dist.device_mesh.init_device_mesh(device.type, (world,)))
+    optimizers = make_optimizers(model, cfg)
+    step, best, val, rows = 0, math.inf, None, []
+    if state:
+        step, best, val = state["step"], state["best"], None
+        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline="")) if r and r[0].isdigit() and int(r[0]) <= step]
+        for o, s in zip(optimizers, state["optimizers"]):
+            if cfg.fsdp:
+                D, how = sharded(cfg)
+                D.set_optimizer_state_dict(model, o, s, options=how)
+            else:
+                o.load_state_dict(s)
+    run = model if cfg.fsdp or world == 1 else nn.parallel.DistributedDataParallel(model)
+    run = torch.compile(run) if cfg.compile else run
+
+    per_step, params = cfg.batch * cfg.accum * cfg.seq, [p for p in model.parameters() if p.requires_grad]
+    ops = sys.modules.get("kernels.norm")
+    form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
+    say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}")
+    say(f"{cfg.batch} x {cfg.seq} x {cfg.accum} = {per_step:,} tokens a step, {cfg.steps:,} steps | {cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
+    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | {form}{' | compiled' * cfg.compile}")
+
+    log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
+    log.writerows([("step", "tokens", "seconds", "loss", "val", "lr", "norm", "tok_s"), *rows])
+    stop, before = [], float(rows[-1][2]) if rows else 0.0
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda *_: stop.append(1))
+    wrong = torch.full((), -1, device=device)  # the first step whose loss or gradient was not finite
+    halt = False  # stop, read once a step: a signal that comes later waits for the next
+    begun, saved, start, mark = step, step if state else None, time.perf_counter(), (time.perf_counter(), step)
+    while step < cfg.steps and not halt:
+        lr, total = set_lr(optimizers, step, cfg), 0.0
+        for micro in range(cfg.accum):
+            x, y = (t.to(device, non_blocking=True) for t in train_data.batch(cfg, step, micro, rank, world))
+            torch.manual_seed(hash((cfg.seed, step, micro, rank)) % 2**63)  # dropout is a function of the step, too
+            last = micro == cfg.accum - 1
+            if cfg.fsdp:
+                model.set_requires_gradient_sync(last)
+            with contextlib.nullcontext() if last or world == 1 or cfg.fsdp else run.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, cast):
+                    loss = run(x, y) / cfg.accum
+                loss.backward()
+            total = total + loss.detach()
+        norm = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
+        norm = norm.full_tensor() if cfg.fsdp else norm
+        wrong = torch.where((wrong < 0) & ~(total + norm).isfinite(), step + 1, wrong)
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        step += 1
+        if world > 1:  # the mean loss; and all processes stop after the same step
+            both = torch.stack([total / world, torch.full_like(total, len(stop))])
+            dist.all_reduce(both)
+            total, halt = both[0], both[1].item() > 0
+        else:
+            halt = bool(stop)
+        due = step % cfg.eval_every == 0 or step == cfg.steps or halt
+        if not (due or step % cfg.log_every == 0 or step == begun + 1 or device.type == "cpu"):
+            continue  # from here on the GPU is waited for
+        if wrong.item() >= 0:
+            good = "no checkpoint yet" if saved is None else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})"
+            bad(f"step {wrong.item()}: the loss is not finite; {good}; a smaller --lr helps")
+        if due:
+            save(cfg, model, optimizers, tok, step, best)  # before evaluating: whatever happens there, the work is kept
+            saved = step
+        if due and not halt:
+            val = evaluate(run, val_data, cfg, device, cast)
+            best = min(best, val)
+        if due or step % cfg.log_every == 0 or step == begun + 1:
+            now = time.perf_counter()
+            speed, mark = per_step * (step - mark[1]) / (now - mark[0]), (now, step)
+            left = (now - start) / (step - begun) * (cfg.steps - step)
+            peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mb()
+            v = repr(val) if due and not halt else ""
+            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr, repr(norm.item()), f"{speed:.0f}"))
+            shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
+            say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
+                f"{speed:,.0f} tok/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
+    if halt:
+        say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
+    else:
+        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended before has none yet
+        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, after {before + time.perf_counter() - start:.0f} s of training")
+        if not cfg.fsdp and rank == 0:
+            show(cfg, model, tok, val_data.start())
+        say(f"model.safetensors, config.json, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample \"...\"")
+    if "RANK" in os.environ:
+        dist.destroy_process_group()
+    return val
+
+
+def peak_mb():
+    """The process's largest resident memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ----- end -----
+
+
+# ----- sample (shared) -----
+def draw(logits, cfg, generator):
+    """logits (B, V) -> tokens (B, 1): the most likely, or drawn after temperature, top-k and top-p."""
+    if cfg.temp == 0:
+        return logits.argmax(-1, keepdim=True)
+    p = F.softmax(logits.float() / cfg.temp, dim=-1)
+    if 0 < cfg.top_k < p.shape[-1]:
+        p = p.where(p >= p.topk(cfg.top_k).values[:, -1:], 0)
+    if cfg.top_p < 1:
+        q, order = p.sort(dim=-1, descending=True)
+        q = q.where(q.cumsum(-1) - q <= cfg.top_p * q.sum(-1, keepdim=True), 0)  # the one that crosses the line is kept
+        p = torch.zeros_like(p).scatter(-1, order, q)
+    return torch.multinomial(p, 1, generator=generator)
+
+
+@torch.inference_mode()
+def generate(model, tokens, cfg):
+    """tokens (1, T) -> yields cfg.tokens times the next id and the cache or state; each costs one step()."""
+    model.eval()
+    generator = torch.Generator(tokens.device).manual_seed(cfg.seed)
+    limit = model.context or math.inf  # a recurrent model has none
+    seen, new, held, state, stop = tokens, tokens, 0, model.init_state(1), getattr(model, "stop", ())  # ids that end an answer
+    for _ in range(cfg.tokens):
+        if held + new.shape[1] > limit:  # the context is full: begin again with its later half
+            held, new, state = 0, seen[:, -max(1, limit // 2) :], model.init_state(1)
+        logits, state = model.step(new, state)
+        held += new.shape[1]
+        new = draw(logits, cfg, generator)
+        seen = torch.cat([seen, new], 1) if model.context else new
+        if new.item() in stop:
+            break
+        yield new.item(), state
+    model.train()
+
+
+def show(cfg, model, tok, ids):
+    """Print what follows the array ids, as it is made; ids wait until they end a character."""
+    if not len(ids) or ids.max() >= model.cfg.vocab:
+        bad("--sample: the text is empty, or has a token that the model does not know")
+    print(tok.decode(ids.tolist()), end="", flush=True)
+    ids = torch.from_numpy(ids.astype(np.int64))[None]  # (1, T)
+    waiting, count, state, start = [], 0, {}, time.perf_counter()
+    for count, (i, state) in enumerate(generate(model, ids.to(next(model.parameters()).device), cfg), 1):
+        waiting += [i] if i < tok.vocab else []  # a padded head can name tokens that do not exist
+        if not (piece := tok.decode(waiting)).endswith("\ufffd") or len(waiting) > 8:
+            print(piece, end="", flush=True)
+            waiting = []
+    print(tok.decode(waiting), flush=True)
+    size, speed = sum(v.nbytes for v in state.values() if torch.is_tensor(v)), count / (time.perf_counter() - start)
+    print(f"[{count:,} tokens, {speed:,.0f} a second, {size:,} bytes of state]", file=sys.stderr)
+
+
+def sample(cfg, model, tok):
+    if tok is None:
+        bad("--sample: the checkpoint has no tokenizer; --tok names one")
+    show(cfg, model, tok, tok.encode(cfg.sample))
+
+
+SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from, and flags that ask something of it
+ACTIONS = dict(sample=sample)
+
+
+# ----- end -----
+
+
+# ----- main (shared) -----
+def main(argv=None):
+    preset, given = parse(argv)
+    origin = next((k for k in SOURCES if given.get(k)), None)
+    action = next((k for k in ACTIONS if given.get(k, False) is not False), None)
+    out, model, tok, state = given.get("out", preset["out"]), None, None, None
+    if given.get("resume") or action and not origin:
+        state, wanted = load_run(out), "resume" if given.get("resume") else action
+        if origin or state is None and (wanted == "resume" or not Path(out, "config.json").is_file()):
+            reason = f"{flag(origin)} starts another run: one of the two" if origin else f"no run in {out}; --out names its folder"
+            bad(f"{flag(wanted)}: {reason}")
+        kept = {k: v for k, v in (state or {}).get("config", {}).items() if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
+        origin, source, preset = "init", out, preset | kept | dict(out=out)
+    else:
+        origin = origin or next((k for k in SOURCES if preset.get(k)), None)
+        source = (preset | given).get(origin)
+    if source:
+        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items() if k not in SOURCES and (k in given or k not in SIZES)})
+        source = source if isinstance(source, str) else source[0]
+        tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), model.cfg.vocab)
+        preset |= {k: getattr(model.cfg, k) for k in SIZES}
+    cfg = Config(**preset | given)
+    if not action:
+        return train(cfg, given, model, tok, state if cfg.resume else None)
+    device, _, _ = pick_device(cfg)
+    ACTIONS[action](cfg, model.to(device), tok or (Tokenizer(cfg.tok) if cfg.tok else None))
+
+
+if __name__ == "__main__":
+    main()
+# ----- end -----

@@ -1,0 +1,69 @@
+"""What every language model file does as a program, whatever its architecture. gpt2.py's own tests go deeper (test_gpt2.py)."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from house import ROOT, error, finish, losses, start
+from safetensors.torch import load_file
+
+SMALL = "--layers 2 --dim 32 --seq 32 --batch 8 --eval-iters 2 --tokens 20".split()
+# file -> what makes it small, and the flags of the run that is interrupted
+FILES = {
+    "mamba.py": ["--version 1 --state 4", "--optim adamw"],
+    "mamba.py --version 2": ["--version 2 --state 8 --head-dim 16", "--optim muon"],
+    "rwkv.py": ["--head-dim 16", "--optim adamw --accum 2"],
+    "retnet.py": ["--heads 2", "--optim muon"],
+    "bitnet.py": ["--heads 2", "--optim adamw"],
+    "moe.py": ["--heads 2", "--optim muon --accum 2"],
+}
+
+
+@pytest.fixture(params=FILES)
+def file(request):
+    name, flags = request.param.split()[0], [f.split() for f in FILES[request.param]]
+    return name, [*SMALL, *flags[0]], flags[1]
+
+
+def test_learns_and_resumes_after_kill(tmp_path, text, file):
+    """A short real run learns; kill -9 and --resume give the same losses and weights to the last bit."""
+    name, small, flags = file
+    args = [*small, *flags, "--lr", "5e-3", "--warmup", "5", "--data", text, "--steps", "60", "--eval-every", "20", "--log-every", "1"]
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    finish(start([*args, "--out", one], name))
+    cut = start([*args, "--out", two], name)
+    for line in cut.stdout:
+        if line.startswith("step 3"):  # past the save at step 20
+            break
+    cut.kill()
+    cut.wait()
+    finish(start(["--resume", "--out", two, "--log-every", "1"], name))
+    a, b = losses(one), losses(two)
+    assert float(a[60][1]) < 2.3, "the letters' frequencies alone give 2.6"
+    assert {s: a[s] for s in range(21, 61)} == {s: b[s] for s in range(21, 61)}
+    one, two = load_file(Path(one, "model.safetensors")), load_file(Path(two, "model.safetensors"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_two_processes_equal_one(tmp_path, text, file):
+    """Same global batch: losses over 20 steps within 1e-5."""
+    name, small, _ = file
+    args = [*small, "--optim", "adamw", "--lr", "1e-3", "--data", text, "--steps", "20", "--eval-every", "20", "--log-every", "1"]
+    finish(start([*args, "--out", str(tmp_path / "one")], name))
+    finish(start([*args, "--out", str(tmp_path / "two")], name, torchrun=2))
+    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert a.keys() == b.keys() and all(abs(float(a[s][0]) - float(b[s][0])) < 1e-5 for s in a)
+    one, two = (load_file(tmp_path / d / "model.safetensors") for d in ("one", "two"))
+    assert all(error(one[k].float(), two[k].float()) < 1e-3 or (one[k] - two[k]).abs().max() < 1e-4 for k in one)
+
+
+def test_alone(tmp_path, text, file):
+    """Copied into an empty folder: trains, resumes and samples in plain PyTorch."""
+    name, small, _ = file
+    shutil.copy(ROOT / name, tmp_path)
+    out = finish(start([*small, "--data", text, "--steps", "4", "--out", "o"], name, cwd=tmp_path))
+    assert "plain PyTorch" in out and "final val loss" in out
+    finish(start(["--resume", "--out", "o", "--steps", "6"], name, cwd=tmp_path))
+    out = finish(start(["--sample", "3 times", "--out", "o", "--tokens", "10"], name, cwd=tmp_path))
+    assert out.startswith("3 times") and "bytes of state" in out
