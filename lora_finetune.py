@@ -768,12 +768,12 @@ def load_text(cfg, given, tok):
         cut = int(len(text) * 0.9)  # nanoGPT's split: the last tenth of the characters
         parts = dict(train=[tok.encode(text[:cut])], val=[tok.encode(text[cut:])])
     else:
-        script = folder / f"{cfg.data}.py"
-        where = prepared(cfg, given, tok) if script.is_file() and script.stem != "common" else Path(cfg.data)
+        texts = [f.stem for f in folder.glob("*.py") if "NAME, TOK = " in f.read_text()]  # the others are pictures
+        where = prepared(cfg, given, tok) if cfg.data in texts else Path(cfg.data)
         files = sorted(where.glob("*.bin")) if where.is_dir() else [Path(f) for f in sorted(glob.glob(str(where)))]
         files = [f for f in files if f.suffix == ".bin"]
         if not files:
-            names = ", ".join(sorted(f.stem for f in folder.glob("*.py") if f.stem != "common"))
+            names = ", ".join(sorted(texts))
             bad(f"--data {cfg.data}: no .txt, .jsonl, folder or glob of .bin shards" + (f", nor one of {names}" if names else ""))
         meta, old = files[0].parent / "meta.json", files[0].parent / "meta.pkl"
         kind, chars = cfg.tok or "gpt2", ""
@@ -1065,11 +1065,20 @@ def make_optimizers(model, cfg):
         if cfg.optim == "adamw8bit":
             bad("--optim adamw8bit: it needs the folder kernels/ beside this file")
         AdamW = functools.partial(torch.optim.AdamW, fused=True)
+    averages = model.averages() if hasattr(model, "averages") else []
     if cfg.optim == "adamw8bit":
-        return [AdamW8bit(groups, **how)]
+        return [AdamW8bit(groups, **how), *averages]
     if cfg.optim == "adamw":
-        return [AdamW(groups, **how)]
-    return [Muon([g for g in groups if g["matrix"]], cfg.lr, cfg.wd), AdamW([g for g in groups if not g["matrix"]], **how)]
+        return [AdamW(groups, **how), *averages]
+    matrices, others = ([g for g in groups if g["matrix"] is m] for m in (True, False))
+    return [Muon(matrices, cfg.lr, cfg.wd), AdamW(others, **how), *averages]
+
+
+def swap(optimizers):
+    """Averages of the weights, where a model asks for them, take the weights' place; or make way for them again."""
+    for o in optimizers:
+        if hasattr(o, "swap"):
+            o.swap()
 
 
 def set_lr(optimizers, step, cfg):
@@ -1255,9 +1264,9 @@ def evaluate(model, stream, cfg, device, cast):
     model.eval()
     total, numbers = 0.0, stream.fixed(cfg)
     for i in range(0, len(numbers), cfg.batch):
-        x, y = stream.windows(numbers[i : i + cfg.batch])
+        batch = [t.to(device) for t in stream.windows(numbers[i : i + cfg.batch])]
         with torch.autocast(device.type, torch.bfloat16, cast):
-            total += model(x.to(device), y.to(device)).item() * len(x)
+            total += model(*batch).item() * len(batch[0])
     model.train()
     return total / len(numbers)
 
@@ -1279,9 +1288,10 @@ def train(cfg, given, model, tok, state):
     torch.manual_seed(cfg.seed)
     model = (model or Model(cfg)).to(device)
     model.cfg = cfg
+    run = model.objective() if hasattr(model, "objective") else model  # a batch -> the loss
     cast, why = cfg.dtype == "bf16", "asked for"
     if cfg.dtype == "auto":
-        cast, why = bf16_pays(device, model, [t.to(device) for t in train_data.batch(cfg, 0, 0, rank, world)])
+        cast, why = bf16_pays(device, run, [t.to(device) for t in train_data.batch(cfg, 0, 0, rank, world)])
     if world > 1:
         (cast, why), _ = shared = [(cast, why), None]
         dist.broadcast_object_list(shared)
@@ -1304,18 +1314,21 @@ def train(cfg, given, model, tok, state):
                 D.set_optimizer_state_dict(model, o, s, options=how)
             else:
                 o.load_state_dict(s)
-    run = model if cfg.fsdp or world == 1 else nn.parallel.DistributedDataParallel(model)
+        swap(optimizers)  # the weights on the disk are the averages
+    run = run if cfg.fsdp or world == 1 else nn.parallel.DistributedDataParallel(run)
     run = torch.compile(run) if cfg.compile else run
 
-    per_step, params = cfg.batch * cfg.accum * cfg.seq, [p for p in model.parameters() if p.requires_grad]
+    unit, seq = getattr(train_data, "unit", "token"), getattr(cfg, "seq", 1)
+    per_step, params = cfg.batch * cfg.accum * seq, [p for p in model.parameters() if p.requires_grad]
     ops = sys.modules.get("kernels.norm")
     form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
-    say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}")
-    say(f"{cfg.batch} x {cfg.seq} x {cfg.accum} = {per_step:,} tokens a step, {cfg.steps:,} steps | {cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
+    about = train_data.about() if unit != "token" else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}"
+    say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {about}")
+    say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | {cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
     say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | {form}{' | compiled' * cfg.compile}")
 
     log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
-    log.writerows([("step", "tokens", "seconds", "loss", "val", "lr", "norm", "tok_s"), *rows])
+    log.writerows([("step", f"{unit}s", "seconds", "loss", "val", "lr", "norm", f"{unit[:3]}_s"), *rows])
     stop, before = [], float(rows[-1][2]) if rows else 0.0
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda *_: stop.append(1))
@@ -1325,14 +1338,14 @@ def train(cfg, given, model, tok, state):
     while step < cfg.steps and not halt:
         lr, total = set_lr(optimizers, step, cfg), 0.0
         for micro in range(cfg.accum):
-            x, y = (t.to(device, non_blocking=True) for t in train_data.batch(cfg, step, micro, rank, world))
+            batch = [t.to(device, non_blocking=True) for t in train_data.batch(cfg, step, micro, rank, world)]
             torch.manual_seed(hash((cfg.seed, step, micro, rank)) % 2**63)  # dropout is a function of the step, too
             last = micro == cfg.accum - 1
             if cfg.fsdp:
                 model.set_requires_gradient_sync(last)
             with contextlib.nullcontext() if last or world == 1 or cfg.fsdp else run.no_sync():
                 with torch.autocast(device.type, torch.bfloat16, cast):
-                    loss = run(x, y) / cfg.accum
+                    loss = run(*batch) / cfg.accum
                 loss.backward()
             total = total + loss.detach()
         norm = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
@@ -1355,11 +1368,16 @@ def train(cfg, given, model, tok, state):
             good = "no checkpoint yet" if saved is None else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})"
             bad(f"step {wrong.item()}: the loss is not finite; {good}; a smaller --lr helps")
         if due:
+            swap(optimizers)
             save(cfg, model, optimizers, tok, step, best)  # before evaluating: whatever happens there, the work is kept
             saved = step
         if due and not halt:
             val = evaluate(run, val_data, cfg, device, cast)
             best = min(best, val)
+            if hasattr(model, "snapshot") and rank == 0 and not cfg.fsdp:
+                model.snapshot(tok, val_data.start(), step)
+        if due:
+            swap(optimizers)
         if due or step % cfg.log_every == 0 or step == begun + 1:
             now = time.perf_counter()
             speed, mark = per_step * (step - mark[1]) / (now - mark[0]), (now, step)
@@ -1369,10 +1387,11 @@ def train(cfg, given, model, tok, state):
             log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr, repr(norm.item()), f"{speed:.0f}"))
             shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
             say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
-                f"{speed:,.0f} tok/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
+                f"{speed:,.0f} {unit[:3]}/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
     if halt:
         say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
     else:
+        swap(optimizers)
         val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended before has none yet
         say(f"final val loss {val:.4f}, best {min(best, val):.4f}, after {before + time.perf_counter() - start:.0f} s of training")
         if not cfg.fsdp and rank == 0:
@@ -1534,13 +1553,13 @@ def main(argv=None):
     if source:
         model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items() if k not in SOURCES and (k in given or k not in SIZES)})
         source = source if isinstance(source, str) else source[0]
-        tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), model.cfg.vocab)
+        tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), getattr(model.cfg, "vocab", 0))
         preset |= {k: getattr(model.cfg, k) for k in SIZES}
     cfg = Config(**preset | given)
     if not action:
         return train(cfg, given, model, tok, state if cfg.resume else None)
     device, _, _ = pick_device(cfg)
-    ACTIONS[action](cfg, model.to(device), tok or (Tokenizer(cfg.tok) if cfg.tok else None))
+    ACTIONS[action](cfg, model.to(device), tok or (Tokenizer(cfg.tok) if getattr(cfg, "tok", "") else None))
 
 
 if __name__ == "__main__":
