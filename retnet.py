@@ -57,7 +57,8 @@ try:
     from kernels.cross_entropy import linear_cross_entropy
     from kernels.matmul import linear
     from kernels.norm import add_rms_norm, rms_norm
-    from kernels.retention import retention
+    from kernels.retention import gated_norm, retention
+    from kernels.rope import rope
 except ModuleNotFoundError:  # this file alone: the same operations in plain PyTorch
 
     def retention(q, k, v, log_decay, initial=None, chunk=128):
@@ -65,8 +66,8 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
         S, o = initial, []
         for q_c, k_c, v_c in zip(*(u.transpose(1, 2).split(chunk, 2) for u in (q, k, v))):  # each (B, H, c, K or V)
             i, a = torch.arange(q_c.shape[2], device=q.device), log_decay[:, None, None]
-            decay = torch.exp(a * (i[:, None] - i).clamp(min=0)).tril()  # (H, c, c)
-            o_c = (q_c @ k_c.mT * decay) @ v_c  # what the chunk sees of itself
+            D = torch.exp(a * (i[:, None] - i).clamp(min=0)).tril()  # (H, c, c)
+            o_c = (q_c @ k_c.mT * D) @ v_c  # what the chunk sees of itself
             kv = (k_c * torch.exp(a * (len(i) - 1 - i)[:, None])).mT @ v_c  # (B, H, K, V)
             if S is not None:
                 o_c = o_c + (q_c * torch.exp(a * (i + 1)[:, None])) @ S.to(q.dtype)  # and of what came before it
@@ -74,6 +75,14 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
             S = kv.float()
             o.append(o_c)
         return torch.cat(o, 2).transpose(1, 2).to(v.dtype), S
+
+    def gated_norm(o, z, eps=1e-6):  # silu(z) * o / sqrt(mean(o^2) + eps) over the last dimension
+        return F.silu(z) * F.rms_norm(o, o.shape[-1:], eps=eps)
+
+    def rope(x, cos, sin, interleaved=True):  # the pairs x_2j, x_2j+1 of x (B, T, H, K) turn; cos, sin (T, K/2) or (T, H, K/2)
+        cos, sin = (t if t.ndim == 3 else t[:, None] for t in (cos, sin))
+        x1, x2 = x[..., ::2], x[..., 1::2]
+        return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1).flatten(-2).to(x.dtype)
 
     def linear_cross_entropy(x, w, targets, ignore_index=-1):
         """mean of -log softmax(x w^T)[target]; 2048 rows at a time, and again in backward, so that the logits are never whole."""
@@ -167,15 +176,14 @@ def recurrent(q, k, v, a, S=None):
     for q_n, k_n, v_n in zip(q.unbind(1), k.unbind(1), v.unbind(1)):  # each (B, H, K or V)
         # S_n = g S_(n-1) + k_n^T v_n,  o_n = q_n S_n
         S = a.exp()[:, None, None] * S + k_n[..., :, None] * v_n[..., None, :]  # (B, H, K, V)
-        o.append((q_n[..., None, :] @ S).squeeze(-2))  # (B, H, V)
-    return torch.stack(o, 1), S
+        o.append((q_n[..., :, None] * S).sum(-2))  # (B, H, V)
+    return torch.stack(o, 1).to(v.dtype), S
 
 
 def parallel(q, k, v, a, S=None):
     n = torch.arange(q.shape[1], device=q.device)
     # D_nm = g^(n - m), m <= n;  o = (q k^T * D) v
     D = torch.exp(a[:, None, None] * (n[:, None] - n).clamp(min=0)).tril()  # (H, T, T)
-    D = D / D.sum(-1, keepdim=True).sqrt()
     A = torch.einsum("bnhk,bmhk->bhnm", q, k) * D  # (B, H, T, T)
     A = A / A.detach().abs().sum(-1, keepdim=True).clamp(min=1, max=5e4)
     return torch.einsum("bhnm,bmhv->bnhv", A.to(v.dtype), v), S
@@ -183,39 +191,11 @@ def parallel(q, k, v, a, S=None):
 
 FORMS = dict(chunkwise=retention, parallel=parallel, recurrent=recurrent)
 
-# After any of them each head's o is divided by its length, so that a factor on o is gone: but for norm's eps, which sees o as
-# torchscale scales it. There all forms divide by the root of sum_m D_nm, and the parallel one also by sum_m |A_nm| where that is
-# above 1, a constant to the gradient. The first is a series known beforehand, 1 + g + ... + g^n, and dividing o by its root
-# is multiplying eps by it: that is how the recurrence, which keeps o as it is, gives torchscale's result. The second needs
-# every product q k, which a recurrence never has: where it acts the forms differ, by about eps / 2 mean(o^2) of the result.
+# torchscale scales the rows of q k^T * D twice, so that they stay small in fp16: by the root of sum_m D_nm, which is known beforehand
+# and here divides q, in every form; and by sum_m |A_nm| where that is above 1, a constant to the gradient, which needs every
+# product q k and so exists in the parallel form only. The norm after it removes any such factor from o but for its eps: where
+# the second acts (at this file's initialisation it does not) the forms differ by about eps / (2 mean(o^2)) of the result.
 EPS = 1e-6
-
-
-def series(a, n):
-    """sum_m D_nm = (1 - g^(n+1)) / (1 - g) for the positions n (T,) -> (T, H, 1)."""
-    n, a = n[:, None, None] + 1.0, a[:, None]
-    return torch.where(a < 0, torch.expm1(n * a) / torch.expm1(a), n)  # a = 0: g is 1 in fp32 from head 20 on
-
-class GatedNorm(torch.autograd.Function):
-    """y = silu(z) * o / sqrt(mean(o^2) + eps) over the heads of o (B, T, H, V), z like o, eps (T, H, 1) or a number.
-
-    With s = silu(z), r = 1 / sqrt(...), u = o r:  do = r (dy s - u mean(dy s u)),  dz = dy u silu'(z). Only o and z are kept."""
-
-    @staticmethod
-    def forward(ctx, o, z, eps):
-        r = torch.linalg.vector_norm(o, dim=-1, keepdim=True, dtype=torch.float32).square_().div_(o.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(o, z, r)  # r: (B, T, H, 1)
-        return F.silu(z).mul_(o).mul_(r)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        o, z, r = ctx.saved_tensors
-        u = o * r
-        dz = torch.ops.aten.silu_backward(dy * u, z)
-        do = F.silu(z).mul_(dy)
-        m = torch.linalg.vecdot(do, u).unsqueeze(-1).div_(-o.shape[-1])  # (B, T, H, 1)
-        return do.addcmul_(u, m).mul_(r), dz, None
 
 
 class Linear(nn.Linear):
@@ -238,7 +218,7 @@ class RMSNorm(nn.Module):
 
 
 class RelPos(nn.Module):
-    """What depends on the position and the head only, the same in all layers. Both buffers are in torchscale's state_dict."""
+    """What depends on position and head only, the same in all layers. Both buffers are in torchscale's state_dict."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -248,16 +228,14 @@ class RelPos(nn.Module):
         self.register_buffer("decay", torch.log(1 - 2.0 ** (-5 - torch.arange(cfg.heads))))  # (H,): log g
 
     def forward(self, t, T):
-        """-> turn (T, 1, K/2), the complex e^(i n angle) at n = t..t+T-1; a = log g (H,); series (T, H, 1)."""
+        """-> cos and sin of n angle for q and for k, n = t..t+T-1, times the factors of q (T, H, K/2) and k (T, K/2); a = log g (H,)."""
         a, n = self.decay.float(), torch.arange(t, t + T, device=self.decay.device, dtype=torch.float32)
-        theta = n[:, None] * self.angle[::2].float()
-        return torch.polar(torch.ones_like(theta), theta)[:, None], a, series(a, n)
-
-
-def rotate(x, turn):
-    """x (B, T, H, K): the neighbours x_2j, x_2j+1 are a complex number, and it is multiplied by turn (T, 1, K/2)."""
-    x = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, T, H, K/2)
-    return torch.view_as_real(x * turn).flatten(-2)
+        theta = n[:, None] * self.angle[::2].float()  # (T, K/2)
+        cos, sin, for_k = theta.cos(), theta.sin(), len(self.angle) ** -0.5
+        # sum_m D_nm = 1 + g + ... + g^n = (1 - g^(n+1)) / (1 - g), or n + 1 where g is 1: in fp32 from head 20 on
+        m = n[:, None] + 1
+        for_q = torch.where(a < 0, torch.expm1(m * a) / torch.expm1(a), m).rsqrt()[..., None]  # (T, H, 1)
+        return (cos[:, None] * for_q, sin[:, None] * for_q), (cos * for_k, sin * for_k), a
 
 
 class MultiScaleRetention(nn.Module):
@@ -274,12 +252,11 @@ class MultiScaleRetention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight, gain=2**-1)
 
     def forward(self, x, pos, S=None):
-        (turn, a, series), form = pos, self.form if S is None else "chunkwise"  # with a state: prefill and generation
+        (turn_q, turn_k, a), form = pos, self.form if S is None else "chunkwise"  # with a state: prefill and generation
         q, k, v, z = (p(x).unflatten(-1, (self.heads, -1)) for p in (self.q_proj, self.k_proj, self.v_proj, self.g_proj))
-        q, k = rotate(q, turn), rotate(k, turn * q.shape[-1] ** -0.5)  # (B, T, H, K)
+        q, k = rope(q, *turn_q, interleaved=True), rope(k, *turn_k, interleaved=True)  # (B, T, H, K)
         o, S = FORMS[form](q, k, v, a, S)  # (B, T, H, V)
-        y = GatedNorm.apply(o, z, EPS if form == "parallel" else EPS * series)
-        return self.out_proj(y.flatten(-2).to(x.dtype)), S
+        return self.out_proj(gated_norm(o, z, EPS).flatten(-2)), S
 
 
 class GLU(nn.Module):

@@ -121,11 +121,11 @@ def rwkv_lm(size, peers):
 
 # ---------------------------------------------------------------- retnet.py
 def torchscale(size, peers):
-    """fairscale and timm, which it imports for other models, are stubs."""
-    for name in ("fairscale", "fairscale.nn", "timm", "timm.models", "timm.models.layers"):
+    """fairscale, timm and einops, which it imports for other models, are stubs."""
+    for name in ("fairscale", "fairscale.nn", "timm", "timm.models", "timm.models.layers", "einops"):
         sys.modules.setdefault(name, types.ModuleType(name))
     sys.modules["fairscale.nn"].checkpoint_wrapper = sys.modules["fairscale.nn"].wrap = lambda m, *a, **k: m
-    sys.modules["timm.models.layers"].drop_path = lambda x, *a, **k: x
+    sys.modules["timm.models.layers"].drop_path = sys.modules["einops"].rearrange = lambda x, *a, **k: x
     sys.path.insert(0, str(Path(peers) / "torchscale"))
     from torchscale.architecture.config import RetNetConfig
     from torchscale.architecture.retnet import RetNetDecoder

@@ -1,6 +1,6 @@
 """
-Retention: linear attention whose state decays, chunk by chunk with matrix products
-    Sun et al. 2023, arXiv:2307.08621v4, eq. 3 to 7;  the chunks as in Yang et al. 2023, arXiv:2312.06635, section 4
+Retention: linear attention whose state decays, chunk by chunk with matrix products; and the gated norm that follows it
+    Sun et al. 2023, arXiv:2307.08621v4, eq. 3 to 8;  the chunks as in Yang et al. 2023, arXiv:2312.06635, section 4
 
     S_t = exp(a) S_{t-1} + k_t^T v_t,   o_t = q_t S_t             a = log_decay of the head, S (K, V)
     in a chunk of c tokens, i and j from 0, after the state S:
@@ -11,14 +11,25 @@ Retention: linear attention whose state decays, chunk by chunk with matrix produ
     dq_i = sum_j B_ij k_j + exp(a (i + 1)) do_i S^T          dk_j = sum_i B_ij q_i + exp(a (c - 1 - j)) v_j R^T
     dv_j = sum_i A_ij do_i + exp(a (c - 1 - j)) k_j R        R'   = exp(a c) R + sum_i exp(a (i + 1)) q_i^T do_i
 
-Every exponent is a difference of times, never a quotient of decays, so nothing overflows however small a decay is. With
-a decay of its own for each step (Mamba-2), a (i - j) becomes a difference of cumulative sums and no more changes.
+Every exponent is a difference of times, never a quotient of decays, so nothing overflows however small a decay is. With a decay
+for each step and head (Mamba-2), a (i - j) becomes L_i - L_j and a (i + 1) becomes L_i of the chunk's cumulative sums L of the log
+decays, and no more changes: a load of (c,) and a cumsum, and for the decays' gradient dL_i = q_i . dq_i - k_i . dk_i, summed from the
+end (kernels/ssd.py is that, with its own shapes). A decay for each key channel (RWKV-6) would go inside the product q_i . k_j.
 
 Shapes: q, k (B, T, H, K), v (B, T, H, V), log_decay (H,) fp32, <= 0, initial (B, H, K, V) or None
      -> o (B, T, H, V) in v's dtype, final (B, H, K, V) fp32 (fp64 for fp64). q, k and v of one dtype: fp32, bf16 or fp16;
 any strides, as views of a projection have them (the kernels copy only where the last dimension is not contiguous).
 K and V at most 512 in the kernels. The state and all sums are fp32; A, B and the state are rounded to the inputs' dtype to
 be multiplied. log_decay takes no gradient. Under autocast q, k and v are cast to its dtype.
+
+Saved for backward: the inputs; the kernels make the states again (the plain form keeps one a chunk), A and B are made again in both.
+Bytes: each launch reads its inputs and writes its result, and no state or product between: the floor for forward, and in
+backward (dq, dk, dv: three launches of the same kernel) each input once a launch. The programs that share a head's columns
+(7 at V = 432) read x and y each, from the cache: they run side by side.
+FLOPs: 2 T (c K + c V + 2 K V) a head forward, three times that backward; the products with the c x c matrices are computed whole.
+
+gated_norm: y = silu(z) * o r,  r = 1 / sqrt(mean(o^2) + eps) over the last dimension (eq. 8's group norm, per head).
+    with s = silu(z), u = o r:  do = r (dy s - u mean(dy s u)),  dz = dy u silu'(z). Only o and z are saved; 3 + 5 passes, the floor.
 """
 import os
 
@@ -52,6 +63,12 @@ def retention_ref(q, k, v, log_decay, initial=None):
         S = decay * S + k_t[..., :, None] * v_t[..., None, :]  # (B, H, K, V)
         o.append((q_t[..., None, :] @ S).squeeze(-2))  # (B, H, V)
     return torch.stack(o, 1).to(v.dtype), S
+
+
+def gated_norm_ref(o, z, eps=1e-6):
+    """The definition; fp32 inside, fp64 for fp64."""
+    h, g = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (o, z))
+    return (g * g.sigmoid() * h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(o.dtype)
 
 
 CHUNK = 128  # of the plain form: its products and the (B, K, V) state stay in a core's cache at usual sizes
@@ -130,6 +147,25 @@ def retention_torch(q, k, v, log_decay, initial=None):
     if q.shape[1] == 1:  # generation: one step of the definition
         return retention_ref(q, k, v, log_decay, initial)
     return Retention.apply(q, k, v, log_decay, initial)
+
+
+class GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, o, z, eps):
+        wide = torch.promote_types(o.dtype, torch.float32)
+        r = torch.linalg.vector_norm(o, dim=-1, keepdim=True, dtype=wide).square_().div_(o.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(o, z, r)  # r: (..., 1)
+        return torch.nn.functional.silu(z).mul_(o).mul_(r).to(o.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        o, z, r = ctx.saved_tensors
+        u = o * r
+        dz = torch.ops.aten.silu_backward(dy * u, z.to(u.dtype)).to(z.dtype)
+        do = torch.nn.functional.silu(z).mul_(dy).to(u.dtype)
+        m = torch.linalg.vecdot(do, u).unsqueeze(-1).div_(-o.shape[-1])
+        return do.addcmul_(u, m).mul_(r).to(o.dtype), dz, None
 
 
 if triton is not None:
@@ -257,6 +293,65 @@ if triton is not None:
                              "float16, and K, V <= 512")
         return retention_op(q, k, v, log_decay, initial)
 
+    # ---- gated_norm: rows of V, a few to a program
+
+    @triton.jit
+    def gated_norm_fwd_kernel(o, z, y, M, V, eps, BM: tl.constexpr, BV: tl.constexpr):
+        i_m, o_v = (tl.program_id(0) * BM + tl.arange(0, BM)[:, None]).to(tl.int64), tl.arange(0, BV)[None, :]
+        m, i = (i_m < M) & (o_v < V), i_m * V + o_v
+        b_o = tl.load(o + i, mask=m, other=0.0).to(tl.float32)  # [BM, BV]
+        b_z = tl.load(z + i, mask=m, other=0.0).to(tl.float32)
+        r = tl.rsqrt(tl.sum(b_o * b_o, 1, keep_dims=True) / V + eps)  # [BM, 1]
+        tl.store(y + i, b_z * tl.sigmoid(b_z) * b_o * r, mask=m)
+
+    @triton.jit
+    def gated_norm_bwd_kernel(dy, o, z, do, dz, M, V, eps, BM: tl.constexpr, BV: tl.constexpr):
+        i_m, o_v = (tl.program_id(0) * BM + tl.arange(0, BM)[:, None]).to(tl.int64), tl.arange(0, BV)[None, :]
+        m, i = (i_m < M) & (o_v < V), i_m * V + o_v
+        b_dy = tl.load(dy + i, mask=m, other=0.0).to(tl.float32)  # [BM, BV]
+        b_o = tl.load(o + i, mask=m, other=0.0).to(tl.float32)
+        b_z = tl.load(z + i, mask=m, other=0.0).to(tl.float32)
+        r = tl.rsqrt(tl.sum(b_o * b_o, 1, keep_dims=True) / V + eps)  # [BM, 1]
+        b_u, sigmoid = b_o * r, tl.sigmoid(b_z)
+        b_g = b_dy * b_z * sigmoid
+        tl.store(do + i, r * (b_g - b_u * (tl.sum(b_g * b_u, 1, keep_dims=True) / V)), mask=m)
+        tl.store(dz + i, b_dy * b_u * sigmoid * (1 + b_z * (1 - sigmoid)), mask=m)  # silu' = sigmoid (1 + z (1 - sigmoid))
+
+    def row_config(o):
+        """-> M, V, grid, constexprs."""
+        M, V = o.numel() // o.shape[-1], o.shape[-1]
+        BV = triton.next_power_of_2(V)
+        BM = max(1, 1024 // BV)
+        return M, V, (triton.cdiv(M, BM),), dict(BM=BM, BV=BV, num_warps=4 if BV <= 1024 else 8)
+
+    @torch.library.custom_op("kernels::gated_norm", mutates_args=())
+    def gated_norm_op(o: torch.Tensor, z: torch.Tensor, eps: float) -> torch.Tensor:
+        M, V, grid, how = row_config(o)
+        y = o.new_empty(o.shape)
+        gated_norm_fwd_kernel[grid](o.contiguous(), z.contiguous(), y, M, V, eps, **how)
+        return y
+
+    @gated_norm_op.register_fake
+    def _(o, z, eps):
+        return o.new_empty(o.shape)
+
+    @torch.library.custom_op("kernels::gated_norm_bwd", mutates_args=())
+    def gated_norm_bwd_op(dy: torch.Tensor, o: torch.Tensor, z: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+        M, V, grid, how = row_config(o)
+        do, dz = o.new_empty(o.shape), z.new_empty(z.shape)
+        gated_norm_bwd_kernel[grid](dy.contiguous(), o.contiguous(), z.contiguous(), do, dz, M, V, eps, **how)
+        return do, dz
+
+    @gated_norm_bwd_op.register_fake
+    def _(dy, o, z, eps):
+        return o.new_empty(o.shape), z.new_empty(z.shape)
+
+    def save_rows(ctx, inputs, output):
+        o, z, ctx.eps = inputs
+        ctx.save_for_backward(o, z)
+
+    gated_norm_op.register_autograd(lambda ctx, dy: (*gated_norm_bwd_op(dy, *ctx.saved_tensors, ctx.eps), None), setup_context=save_rows)
+
 
 def retention(q, k, v, log_decay, initial=None):
     """q, k (B, T, H, K), v (B, T, H, V), log_decay (H,) <= 0, initial (B, H, K, V) or None: the state before the first token
@@ -275,3 +370,12 @@ def retention(q, k, v, log_decay, initial=None):
     which = form(q)
     op = retention_triton if which == "triton" else retention_ref if which == "ref" else retention_torch
     return op(q, k, v, log_decay, initial)
+
+
+def gated_norm(o, z, eps=1e-6):
+    """o, z (..., V) -> y = silu(z) * o / sqrt(mean(o^2) + eps) (..., V), o's dtype. ValueError: two shapes; on a GPU V > 8192."""
+    if o.shape != z.shape or o.shape[-1] > 8192:
+        raise ValueError(f"gated_norm: shapes {tuple(o.shape)}, {tuple(z.shape)}; expected two of (..., V), V <= 8192")
+    which = form(o)
+    op = gated_norm_op if which == "triton" else gated_norm_ref if which == "ref" else GatedNorm.apply
+    return op(o, z, eps)
