@@ -1105,7 +1105,7 @@ def write_file(path, write):
 def write_weights(folder, tensors, config, name="model", new="", step=None):
     """<name>.safetensors and its config, as the family's own library loads them. new, step: see save()."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    config_name = f"{name.removesuffix('_model')}_config.json" if name.endswith("_model") else "config.json"
+    config_name = "adapter_config.json" if name == "adapter_model" else "config.json"
     write_file(f"{folder}/{config_name}", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
     tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
     write_file(f"{folder}/{name}.safetensors{new}", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
@@ -1179,7 +1179,7 @@ def save(cfg, model, optimizers, tok, step, best):
         write_file(f"{cfg.out}/tok.json", lambda tmp: Path(tmp).write_text(json.dumps(kind)))
         state = dict(config=asdict(cfg), optimizers=states, step=step, best=best)
         write_file(f"{cfg.out}/train_state.pt", lambda tmp: torch.save(state, tmp))
-        for new in Path(cfg.out).glob("*.safetensors.new"):
+        for new in Path(cfg.out).rglob("*.safetensors.new"):
             os.replace(new, new.with_suffix(""))
 
 
@@ -1190,7 +1190,7 @@ def load_run(out):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for new in Path(out).glob("*.safetensors.new"):
+        for new in Path(out).rglob("*.safetensors.new"):
             with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of train_state.pt's step here
                 if f.metadata()["step"] == str(state["step"]):
                     os.replace(new, new.with_suffix(""))
