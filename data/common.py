@@ -392,6 +392,23 @@ def write_meta(out, name, tok, vocab_size, counts, files, dtype, **meta):
     print(f"{out}: " + ", ".join(f"{s} {n:,} tokens" for s, n in counts.items()) + f", vocabulary {vocab_size:,}")
 
 
+# ---------------------------------------------------------------- pictures
+
+
+def write_pictures(out, name, splits, names, flip, **meta):
+    """<split>.npz with images uint8 (N, h, w, c), labels (N,) and captions (N,), then meta.json. flip: a mirrored picture is as good."""
+    (out / "meta.json").unlink(missing_ok=True)
+    for split, arrays in splits.items():
+        with atomic(out / f"{split}.npz") as f:
+            np.savez(f, **arrays)
+    counts = {s: len(arrays["images"]) for s, arrays in splits.items()}
+    with atomic(out / "meta.json", "w") as f:
+        json.dump({"name": name, "names": list(names), "flip": flip, **counts, **meta}, f, indent=1)
+        f.write("\n")
+    progress()
+    print(f"{out}: " + ", ".join(f"{s} {n:,} pictures" for s, n in counts.items()) + f", {len(names)} classes")
+
+
 # ---------------------------------------------------------------- dialogues
 
 

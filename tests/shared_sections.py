@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 SECTION = re.compile(r"^# ----- (\w+) \(shared\) -----\n.*?^# ----- end -----\n", re.S | re.M)
 # one owner per section: gpt2.py for text and for training, dit.py for images, kernels/norm.py for kernels
 OWNER = {name: "gpt2.py" for name in ("cli", "data", "load", "schedule", "optimizer", "checkpoint", "train", "sample", "main")}
+OWNER |= {name: "dit.py" for name in ("diffusion", "shapes", "images")}
 OWNER |= {"dispatch": "kernels/norm.py"}
 
 
@@ -24,7 +25,7 @@ def differences(root=ROOT, write=False):
     """One line for each section that differs from its owner's, or has none; with write, mends them."""
     found = []
     own = {name: sections(root / file).get(name) for name, file in OWNER.items() if (root / file).is_file()}
-    for path in sorted([*root.glob("*.py"), *root.glob("kernels/*.py")]):
+    for path in sorted([*root.glob("*.py"), *root.glob("kernels/*.py"), *root.glob("data/*.py")]):
         text = path.read_text()
         if text.count(" (shared) -----\n") != len(SECTION.findall(text)):
             found.append(f"{path.relative_to(root)}: a shared section has no end mark, or stands in another one")
