@@ -1100,10 +1100,11 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
                     self.state[p].setdefault("momentum", torch.zeros_like(p))
-            for (*_, m, n), ps in shapes.items():
+            for shape, ps in shapes.items():
+                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row makes a channel
                 grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
                 torch._foreach_lerp_(M, grads, 1 - group["momentum"])
-                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).view(-1, m, n)  # Nesterov's look ahead
+                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov's look ahead
                 X = X.bfloat16() if X.is_cuda else X
                 X = X.mT if m > n else X
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -1112,7 +1113,7 @@ class Muon(torch.optim.Optimizer):
                     X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
                 X = X.mT if m > n else X
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(ps, list(X.to(ps[0].dtype).view(-1, *ps[0].shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
+                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
 
 
 def make_optimizers(model, cfg):

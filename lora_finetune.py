@@ -169,9 +169,8 @@ class Config:
     top_p: float = 1.0  # draw from the most likely that make up this probability
 
 
-TINY = dict(init="tiny", data="docstrings", seq=256, batch=16, steps=150, lr=2e-3)
 PRESETS = {
-    "cpu": TINY,  # a tiny base is trained first, for about a minute
+    "cpu": dict(init="tiny", batch=8, steps=150, lr=2e-3),  # a tiny base is trained first, for about a minute
     "gpu": dict(batch=4, accum=4, seq=1024, steps=1000, optim="adamw8bit", init="tiny"),  # a 3B in bf16, a 7B with --method qlora, on 12 GB
     # the tiny base: the whole model from random numbers, on the source of Python's own library
     "base": dict(method="full", layers=4, heads=4, kv_heads=2, dim=128, ffn=344, positions=512, data="stdlib", tok="byte", seq=256, batch=8,
@@ -267,10 +266,11 @@ class Attention(nn.Module):
         if mask is None:
             y = attention(q, k, v, causal=True)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            k, v = (u.repeat_interleave(q.shape[1] // u.shape[1], 1) for u in (k, v))  # the forms with a mask know no groups
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         if self.adaption_prompt is not None:
             p = self.adaption_prompt.to(x.dtype)  # (1, K, C): no positions, every token sees all of them
-            k, v = (f(p).view(1, -1, k.shape[1], self.D).transpose(1, 2).expand(B, -1, -1, -1) for f in (self.k_proj, self.v_proj))
+            k, v = (f(p).view(1, p.shape[1], -1, self.D).transpose(1, 2).expand(B, -1, -1, -1) for f in (self.k_proj, self.v_proj))
             y = y + self.adaption_gate.to(y.dtype) * F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -306,11 +306,15 @@ class Model(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
+        if cfg.method not in ("lora", "qlora", "adapter", "full"):
+            bad(f"--method {cfg.method}: one of lora, qlora, adapter, full")
         if cfg.heads % cfg.kv_heads:
             bad(f"--kv-heads {cfg.kv_heads}: --heads {cfg.heads} must be divisible by it")
         if not cfg.head_dim and cfg.dim % (2 * cfg.heads):
             bad(f"--heads {cfg.heads}: --dim {cfg.dim} must be divisible by twice that (pairs are rotated)")
-        self.cfg, self.context, self.stop, self.base = cfg, cfg.positions, set(), ""
+        if cfg.rope and not re.fullmatch(r"([\d.]+,){3}[\d.]+", cfg.rope):
+            bad(f"--rope {cfg.rope}: four numbers as 8,1,4,8192 (factor, low, high, original length), or nothing")
+        self.cfg, self.context, self.stop, self.base, self.config, self.world = cfg, cfg.positions, set(), "", {}, 1
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(cfg.vocab, cfg.dim)
         self.model.layers = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
@@ -320,6 +324,7 @@ class Model(nn.Module):
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02)
+        self.adapt(cfg)
 
     def head(self):
         return (self.model.embed_tokens if self.cfg.tied else self.lm_head).weight
@@ -349,9 +354,14 @@ class Model(nn.Module):
         x = self.blocks(*(tokens.unbind(1) if tokens.ndim == 3 else [tokens]))
         if targets is None:
             return F.linear(x, self.head().to(x.dtype))
+        share = 1.0
+        if self.training and self.world > 1:  # the mean over the answers of all processes, whose gradients are averaged
+            own = (targets != -1).sum()
+            dist.all_reduce(total := own.clone())
+            share = own * self.world / total.clamp(min=1)
         if x.device.type == "cpu":  # questions are not in the loss: no logits for them (a GPU would have to wait for their number)
             x, targets = x[targets != -1], targets[targets != -1]
-        return linear_cross_entropy(x, self.head(), targets)
+        return linear_cross_entropy(x, self.head(), targets) * share
 
     def init_state(self, batch):
         """A cache (L, 2, B, Hkv, room, D) that grows by doubling, and the number of tokens in it."""
@@ -369,30 +379,35 @@ class Model(nn.Module):
         state["t"] = end
         return F.linear(x[:, -1], self.head().to(x.dtype)), state
 
-    def adapt(self, method, rank=8, alpha=16.0, rslora=False, targets="", dropout=0.0, prompts=10, layers=0):
-        """Freeze the base and add what is trained. targets: the last parts of modules' names."""
-        if method == "full":
+    def adapt(self, cfg, layers=0):
+        """Freeze the base and add what cfg.method trains; layers: how many of the last ones get prompts, 0: all."""
+        if cfg.method == "full":
             return
-        if rank < 1 or prompts < 1:
-            bad(f"--rank {rank}, --prompts {prompts}: must be positive")
         self.requires_grad_(False)
-        if method == "adapter":
-            self.adapter = dict(peft_type="ADAPTION_PROMPT", adapter_len=prompts, adapter_layers=layers or len(self.model.layers))
+        if cfg.rank < 1 or cfg.prompts < 1:
+            bad(f"--rank {cfg.rank}, --prompts {cfg.prompts}: must be positive")
+        if cfg.method == "adapter":
+            self.adapter = dict(peft_type="ADAPTION_PROMPT", adapter_len=cfg.prompts, adapter_layers=layers or cfg.layers)
             for block in self.model.layers[-self.adapter["adapter_layers"] :]:
-                block.self_attn.add_adapter(prompts, self.cfg.dim)
+                block.self_attn.add_adapter(cfg.prompts, cfg.dim)
             return
-        names = targets.split(",")
-        self.adapter = dict(peft_type="LORA", r=rank, lora_alpha=alpha, use_rslora=rslora, lora_dropout=dropout, target_modules=names)
+        names = cfg.targets.split(",")
+        self.adapter = dict(peft_type="LORA", r=cfg.rank, lora_alpha=cfg.alpha, use_rslora=cfg.rslora, lora_dropout=cfg.dropout, target_modules=names)
         found = {n: m for n, m in self.model.named_modules() if isinstance(m, Linear)}
         for name in names:
             if not any(n.endswith("." + name) for n in found):
-                bad(f"--targets {name}: one of {', '.join(sorted({n.split('.')[-1] for n in found}))}")
+                bad(f"--targets {name}: one or more of {','.join(sorted({n.split('.')[-1] for n in found}))}")
         for n, m in found.items():
+            if cfg.method == "qlora" and m.nf4 is None:
+                m.quantize()
             if n.split(".")[-1] in names:
-                m.add_lora(rank, alpha / (rank**0.5 if rslora else rank), dropout)
+                m.add_lora(cfg.rank, cfg.alpha / (cfg.rank**0.5 if cfg.rslora else cfg.rank), cfg.dropout)
 
     def prepare(self, cast):
         """Called when the run's dtype is known: a frozen base is held in bf16 then, not cast at each use."""
+        if self.cfg.seq > self.context:
+            bad(f"--seq {self.cfg.seq}: the base was made for {self.context} tokens at most")
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
         for p in self.parameters() if cast else ():
             if not p.requires_grad:
                 p.data = p.data.bfloat16()
@@ -409,7 +424,9 @@ class Model(nn.Module):
         ]
 
     def hf_config(self):
-        """config.json as transformers' LlamaForCausalLM reads it."""
+        """config.json as transformers' LlamaForCausalLM reads it; of a base that was loaded, its own with the dtype of now."""
+        if self.config:
+            return {k: v for k, v in self.config.items() if k != "dtype"} | dict(torch_dtype=str(self.head().dtype).removeprefix("torch."))
         c, rope = self.cfg, dict(rope_theta=self.cfg.theta, rope_type="default")
         if c.rope:
             factor, low, high, length = map(float, c.rope.split(","))
@@ -423,26 +440,34 @@ class Model(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, method="full", **overrides):
-        """source: a Hugging Face folder or hub name of a Llama or Mistral, or a folder of an adapter, which names its base.
+        """source: a Hugging Face folder or hub name of a Llama or Mistral, or of an adapter, which names its base.
         method and the Config fields of adapters (rank, alpha, targets, ...): what to add; "full": nothing. Tensors are read one by
         one, and quantised one by one for "qlora"; on a GPU, or with dtype="bf16", a frozen base is held in bf16."""
         path = find_checkpoint(source)
         adapter = read_json(path / "adapter_config.json") if (path / "adapter_config.json").is_file() else None
-        if adapter:
-            if not adapter.get("base_model_name_or_path"):
-                bad(f"{path}: adapter_config.json does not name its base (base_model_name_or_path)")
-            base, source = source, adapter["base_model_name_or_path"]
-            model = cls.from_pretrained(source, "frozen qlora" if method == "qlora" else "frozen", **overrides)
-            model.load_adapter(base)
-            if not [f for f in ("tok.json", "tokenizer.json") if (path / f).is_file()]:
-                HUB[base] = source  # where its tokenizer is
+        base = adapter.get("base_model_name_or_path") if adapter else source
+        if not base:
+            bad(f"{path}: adapter_config.json does not name its base (base_model_name_or_path)")
+        model = cls.read_base(find_checkpoint(base), dict(method=method) | overrides, adapter or method != "full")
+        model.base = str(base)
+        if not adapter:
+            model.adapt(model.cfg)
             return model
+        model.load_adapter(path)
+        if not [f for f in ("tok.json", "tokenizer.json") if (path / f).is_file()]:
+            HUB[source] = base  # where its tokenizer is
+        return model
+
+    @classmethod
+    def read_base(cls, path, overrides, frozen):
+        """The model of a folder, tensor by tensor, without what --method adds. --merge: as the files hold it, mapped, not read."""
         config = read_json(path / "config.json")
         cfg = dataclasses.replace(llama_config(config, path), **overrides)
         on_gpu = cfg.device == "cuda" or not cfg.device and torch.cuda.is_available()
-        dtype = torch.bfloat16 if method != "full" and (cfg.dtype == "bf16" or cfg.dtype == "auto" and on_gpu) else torch.float32
+        dtype = torch.bfloat16 if frozen and (cfg.dtype == "bf16" or cfg.dtype == "auto" and on_gpu) else torch.float32
         with torch.device("meta"):
-            model = cls(cfg)
+            model = cls(dataclasses.replace(cfg, method="full"))
+        model.cfg, model.config, model.stop = cfg, config, stop_ids(path)
         modules, missing = dict(model.named_modules()), {n for n, _ in model.named_parameters()}
         for name, tensor in tensors_of(path):
             if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and cfg.tied:
@@ -454,16 +479,12 @@ class Model(nn.Module):
             module = modules[where]
             if tensor.shape != getattr(module, what).shape:
                 bad(f"{path}: {name} is {tuple(tensor.shape)}, but {tuple(getattr(module, what).shape)} is asked for")
-            setattr(module, what, nn.Parameter(tensor.to(tensor.dtype if cfg.merge else dtype)))
-            if "qlora" in method and not cfg.merge and isinstance(module, Linear) and where != "lm_head":
-                module.quantize()
+            setattr(module, what, nn.Parameter(tensor if cfg.merge or cfg.method == "qlora" else tensor.to(dtype)))
+            if cfg.method == "qlora" and not cfg.merge:
+                module.quantize() if isinstance(module, Linear) and where != "lm_head" else module.to(dtype)
         if missing:
             bad(f"{path}: no tensor {min(missing)}")
-        model.base = str(source)
-        model.stop = stop_ids(path if path.is_dir() else path.parent)
-        if "frozen" not in method:
-            model.adapt(method, cfg.rank, cfg.alpha, cfg.rslora, cfg.targets, cfg.dropout, cfg.prompts)
-        return model
+        return model.requires_grad_(not frozen)
 
     def save_pretrained(self, folder, tensors=None, **how):
         """An adapter in PEFT's form (adapter_model.safetensors, adapter_config.json), or the whole model as LlamaForCausalLM reads it."""
@@ -483,9 +504,9 @@ class Model(nn.Module):
         """An adapter of ours or of PEFT's (LoRA or adaption prompt) onto this base; what it says and holds must fit, by name and shape."""
         path = Path(folder)
         config = read_json(path / "adapter_config.json")
-        unknown = {k: config[k] for k in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "fan_in_fan_out") if config.get(k)}
+        unknown = {k: config[k] for k in ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias") if config.get(k)}
         if unknown or config.get("bias", "none") != "none" or config.get("peft_type") not in ("LORA", "ADAPTION_PROMPT"):
-            bad(f"{path}: adapter_config.json asks for {unknown or config.get('peft_type')}, which this file does not have")
+            bad(f"{path}: adapter_config.json asks for {unknown or config.get('peft_type')}, bias {config.get('bias')}, which this file does not have")
         try:
             files = [f for f in (path / "adapter_model.safetensors", path / "adapter_model.bin") if f.is_file()]
             found = load_file(files[0]) if files[0].suffix == ".safetensors" else torch.load(files[0], map_location="cpu", weights_only=True)
@@ -493,11 +514,16 @@ class Model(nn.Module):
             bad(f"{path}: no adapter_model.safetensors, or it is damaged ({type(e).__name__})")
         found = {k.removeprefix("base_model.model."): v for k, v in found.items()}
         if config["peft_type"] == "ADAPTION_PROMPT":
-            self.adapt("adapter", prompts=config["adapter_len"], layers=config["adapter_layers"])
+            self.adapt(dataclasses.replace(self.cfg, method="adapter", prompts=config["adapter_len"]), config["adapter_layers"])
         else:
-            names = sorted({k.split(".lora_")[0].split(".")[-1] for k in found})  # target_modules may be a pattern: the file knows
-            rank = config["r"]
-            self.adapt("lora", rank, config["lora_alpha"], config.get("use_rslora", False), ",".join(names), config.get("lora_dropout", 0.0))
+            self.requires_grad_(False)
+            modules = {n: m for n, m in self.named_modules() if isinstance(m, Linear)}
+            for k, A in found.items():  # which modules have an update, and of which rank: the file knows, whatever patterns made it
+                name = k.removesuffix(".lora_A.weight")
+                if name in modules and name != k:
+                    alpha = next((v for p, v in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({p})$", name)), config["lora_alpha"])
+                    modules[name].add_lora(len(A), alpha / (len(A) ** 0.5 if config.get("use_rslora") else len(A)), config.get("lora_dropout", 0.0))
+        self.adapter = config
         own = {n: p for n, p in self.named_parameters() if p.requires_grad}
         for k in sorted(own.keys() | found.keys()):
             if k not in found or k not in own:
@@ -546,18 +572,18 @@ def llama_config(c, path):
 
 def tensors_of(path):
     """The tensors of a folder's safetensors files one by one -> name, tensor."""
-    folder = path if path.is_dir() else path.parent
-    index = folder / "model.safetensors.index.json"
+    index = path / "model.safetensors.index.json"
     files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     for f in files:
         try:
-            with safe_open(folder / f, "pt") as tensors:
-                for name in tensors.keys():
-                    yield name, tensors.get_tensor(name)
+            tensors = safe_open(path / f, "pt")
         except FileNotFoundError:
-            bad(f"{folder / f}: not found" + ("; the index names it: a shard is missing" if index.is_file() else ""))
-        except Exception as e:
-            bad(f"{folder / f}: damaged ({str(e).splitlines()[0][:120]})")
+            bad(f"{path / f}: not found" + ("; the index names it: a shard is missing" if index.is_file() else ""))
+        except Exception as e:  # each library has its own
+            bad(f"{path / f}: damaged ({str(e).splitlines()[0][:120]})")
+        with tensors:
+            for name in tensors.keys():
+                yield name, tensors.get_tensor(name)
 
 
 def stop_ids(folder):
@@ -842,6 +868,8 @@ def read_rows(path):
 
 def conversation(row, where):
     """A row in any of its forms -> [{"role", "content"}, ...] that ends with an answer; {"text"} is an answer without a question."""
+    if not isinstance(row, dict):
+        bad(f"{where}: a {type(row).__name__}, where an object was expected")
     try:
         if "text" in row:
             turns = [dict(role="assistant", content=row["text"])]
@@ -849,21 +877,28 @@ def conversation(row, where):
             turns = [dict(role="user", content=row["instruction"], input=row.get("input", "")), dict(role="assistant", content=row["output"])]
         elif "messages" in row:
             turns = [dict(role=ROLES[t["role"]], content=t["content"]) for t in row["messages"]]
-        else:
+        elif "conversations" in row:
             turns = [dict(role=ROLES[t["from"]], content=t["value"]) for t in row["conversations"]]
-        if all(isinstance(t["content"], str) for t in turns) and any(t["role"] == "assistant" and t["content"] for t in turns):
-            return turns
-        bad(f"{where}: there is no answer in it, or a text is no string")
+        else:
+            bad(f"{where}: a row has instruction and output, or messages, or conversations, or text; this one has {', '.join(row) or 'nothing'}")
     except (KeyError, TypeError) as e:
-        bad(f"{where}: {e} is missing or unknown; a row has instruction and output, or messages, or conversations, or text")
+        bad(f"{where}: {e} is missing, or unknown as a role")
+    if not all(isinstance(v, str) for t in turns for v in t.values()):
+        bad(f"{where}: a text in it is no string")
+    while len(turns) > 1 and turns[0]["role"] == "assistant":  # as Vicuna does: nothing was asked
+        turns = turns[1:]
+    last = max((i for i, t in enumerate(turns) if t["role"] == "assistant" and t["content"]), default=None)
+    if last is None:
+        bad(f"{where}: there is no answer in it")
+    return turns[: last + 1]
 
 
 class Prompts:
     """How a conversation becomes tokens: `how` is chat (the tokenizer's own Jinja template), alpaca (Taori et al. 2023) or plain."""
 
-    def __init__(self, tok, how):
-        self.tok, self.begin, folder = tok, [], Path(tok.kind).parent
-        config, self.chat, stop = {}, None, {0} if tok.kind == "byte" else set()
+    def __init__(self, tok, how, stop=()):
+        self.tok, self.begin, self.chat, folder = tok, [], None, Path(tok.kind).parent
+        config, stop = {}, set(stop) or ({0} if tok.kind == "byte" else set())
         if tok.kind.endswith(".json"):
             import tokenizers
 
@@ -871,7 +906,7 @@ class Prompts:
             self.begin = hf.encode("").ids  # what its post-processor puts first
             config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
             config = {k: v["content"] if isinstance(v, dict) and "content" in v else v for k, v in config.items()}
-            stop = stop_ids(folder) or {hf.token_to_id(config.get("eos_token") or "")} - {None}
+            stop = stop or stop_ids(folder) or {hf.token_to_id(config.get("eos_token") or "")} - {None}
             if (folder / "chat_template.jinja").is_file():
                 self.chat = (folder / "chat_template.jinja").read_text()
             elif isinstance(config.get("chat_template"), str):
@@ -881,40 +916,46 @@ class Prompts:
             bad(f"--prompt {how}: one of chat, alpaca, plain")
         if self.how == "chat" and not self.chat:
             bad(f"--prompt chat: the tokenizer {tok.kind} has no chat template; --prompt alpaca needs none")
-        self.special = {k: config.get(k) or "" for k in ("bos_token", "eos_token", "unk_token")}
+        self.special = {k: config.get(k) or "" for k in ("bos_token", "eos_token", "unk_token", "pad_token")}
         if not stop:
             bad(f"--tok {tok.kind}: no token ends an answer (eos_token_id in the base's config.json); --tok byte has byte 0")
-        self.end = min(stop)
+        self.stop, self.end = stop, min(stop)
 
-    def render(self, turns, ask):
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    @functools.cached_property
+    def template(self):
+        from jinja2 import TemplateError, sandbox
 
         def refuse(message):
             raise TemplateError(message)
 
-        world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        world.globals |= dict(raise_exception=refuse, strftime_now=lambda form: time.strftime(form))
-        said = [t | dict(content="\n".join(filter(None, (t["content"], t.get("input"))))) for t in turns]
+        world = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        world.globals |= dict(raise_exception=refuse, strftime_now=time.strftime)
+        world.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+        return world.from_string(self.chat)
+
+    def render(self, turns, ask):
+        said = [dict(role=t["role"], content="\n".join(filter(None, (t["content"], t.get("input"))))) for t in turns]
         try:
-            return world.from_string(self.chat).render(messages=said, add_generation_prompt=ask, **self.special)
-        except TemplateError as e:
+            return self.template.render(messages=said, add_generation_prompt=ask, tools=None, documents=None, **self.special)
+        except Exception as e:  # a template is a program
             bad(f"--prompt chat: the tokenizer's template refuses a conversation ({e}); --prompt alpaca takes any")
 
     def pieces(self, turns):
         """-> (text, whether it is an answer, whether the end token follows) in order; an open question may be last."""
-        done = ""
-        for i in range(1, len(turns) + 1) if self.how == "chat" and turns[0]["role"] != "assistant" else ():
-            answered = i < len(turns) and turns[i]["role"] == "assistant"
-            if answered or i == len(turns) and turns[-1]["role"] != "assistant":
-                ask = self.render(turns[:i], True)
-                whole = self.render(turns[: i + 1], False) if answered else ask
-                if not ask.startswith(done) or not whole.startswith(ask):
-                    bad("--prompt chat: the tokenizer's template rewrites what was said before; --prompt alpaca does not")
-                yield ask.removeprefix(done), False, False
-                yield whole.removeprefix(ask), True, False  # the template has its own end
-                done = whole
-        for i, t in enumerate(() if done else turns):
+        if self.how == "chat" and turns[0]["role"] != "assistant":
+            done = ""
+            for i in range(1, len(turns) + 1):
+                answered = i < len(turns) and turns[i]["role"] == "assistant"
+                if answered or i == len(turns) and turns[-1]["role"] != "assistant":
+                    ask = self.render(turns[:i], True)
+                    whole = self.render(turns[: i + 1], False) if answered else ask
+                    if not ask.startswith(done) or not whole.startswith(ask):
+                        bad("--prompt chat: the tokenizer's template rewrites what was said before; --prompt alpaca does not")
+                    yield ask.removeprefix(done), False, False
+                    yield whole.removeprefix(ask), True, False  # the template has its own end
+                    done = whole
+            return
+        for i, t in enumerate(turns):
             given = t.get("input", "")
             if t["role"] == "assistant":
                 yield t["content"], True, True
@@ -924,11 +965,12 @@ class Prompts:
                 task = "Below is an instruction that describes a task" + (", paired with an input that provides further context" if given else "")
                 task = f"{task}. Write a response that appropriately completes the request.\n\n" if i == 0 else "\n\n" * (i > 0)
                 given = f"### Input:\n{given}\n\n" if given else ""
-                yield f"{task}### Instruction:\n{t['content']}\n\n{given}### Response:\n", False, False
+                yield f"{task}### Instruction:\n{t['content']}\n\n{given}### Response:", False, False
 
     def encode(self, turns):
         """-> ids, and which of them are answers: pieces are encoded one by one, as they are when a question is really asked."""
-        ids, answer = list(self.begin if self.how != "chat" else []), [False] * len(self.begin if self.how != "chat" else [])
+        begin = [] if self.how == "chat" and turns[0]["role"] != "assistant" else self.begin  # a template has its own
+        ids, answer = list(begin), [False] * len(begin)
         for text, is_answer, ends in self.pieces(turns):
             new = [*self.tok.encode(text).tolist(), *[self.end] * ends]
             ids, answer = ids + new, answer + [is_answer] * len(new)
@@ -941,7 +983,7 @@ class Examples:
     def __init__(self, encoded, cfg, name):
         self.first = encoded[0]
         order = np.random.default_rng(cfg.seed).permutation(len(encoded))
-        rows, room = [], 0
+        rows, room, dropped = [], 0, 0
         for i in order:
             ids, answer = (part[: cfg.seq + 1] for part in encoded[i])
             if answer[1:].any():  # one whose question fills the row teaches nothing
@@ -949,8 +991,12 @@ class Examples:
                     rows, room = [*rows, []], cfg.seq
                 rows[-1].append((ids, answer))
                 room -= len(ids) - 1
+            else:
+                dropped += 1
         if not rows:
             bad(f"--seq {cfg.seq}: no answer of the {name} split of --data {cfg.data} begins within it")
+        if dropped:
+            print(f"{dropped:,} of {len(encoded):,} examples for {name} are left out: the question alone fills --seq {cfg.seq}")
         self.x, self.y = np.zeros((len(rows), 2, cfg.seq), np.int32), np.full((len(rows), cfg.seq), -1, np.int32)
         self.x[:, 1] = -1
         for row, x, y in zip(rows, self.x, self.y):
@@ -962,8 +1008,10 @@ class Examples:
         self.tokens = int((self.y >= 0).sum())
 
     def windows(self, numbers):
-        """Row numbers (n) -> tokens with their segments (n, 2, T), targets (n, T) with -1 where no answer is, int64."""
-        return torch.from_numpy(self.x[numbers].astype(np.int64)), torch.from_numpy(self.y[numbers].astype(np.int64))
+        """Row numbers (n) -> tokens with their segments (n, 2, T), targets (n, T) with -1 where no answer is, int64. Where no row
+        holds two examples, tokens alone (n, T): what fills a row up comes after all that is in the loss."""
+        x, y = self.x[numbers].astype(np.int64), self.y[numbers].astype(np.int64)
+        return torch.from_numpy(x if x[:, 1].max() > 0 else x[:, 0].copy()), torch.from_numpy(y)
 
     def batch(self, cfg, step, micro, rank, world):
         """A pure function of (seed, step, micro): epoch after epoch, each row once in an order of its own."""
@@ -1036,10 +1084,11 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
                     self.state[p].setdefault("momentum", torch.zeros_like(p))
-            for (*_, m, n), ps in shapes.items():
+            for shape, ps in shapes.items():
+                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row makes a channel
                 grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
                 torch._foreach_lerp_(M, grads, 1 - group["momentum"])
-                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).view(-1, m, n)  # Nesterov's look ahead
+                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov's look ahead
                 X = X.bfloat16() if X.is_cuda else X
                 X = X.mT if m > n else X
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -1048,7 +1097,7 @@ class Muon(torch.optim.Optimizer):
                     X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
                 X = X.mT if m > n else X
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(ps, list(X.to(ps[0].dtype).view(-1, *ps[0].shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
+                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
 
 
 def make_optimizers(model, cfg):
@@ -1478,56 +1527,75 @@ ACTIONS = dict(sample=sample)
 # ----- what can be asked of a fine-tuned model -----
 def base_or_adapter(source, **overrides):
     """--init; "tiny" is a base made on the spot, so that the file runs on a machine that has none and reaches none."""
-    method = overrides.setdefault("method", Config.method)
-    if method not in ("lora", "qlora", "adapter", "full"):
-        bad(f"--method {method}: one of lora, qlora, adapter, full")
+    method, out = overrides.get("method", Config.method), overrides.get("out")
     if overrides.get("optim") == "muon" and method != "full":
         bad("--optim muon: it is for whole matrices (--method full); adamw and adamw8bit train adapters")
     if source == "tiny":
-        source = HUB["tiny"] = f"{overrides.get('out') or f'out/{ME}'}/base"
+        source = HUB["tiny"] = f"{out}/base"
         if "RANK" in os.environ:
             bad("--init tiny: under torchrun name a base, a folder or a hub name")
-        if not Path(source, "done").is_file():
+        made = load_run(source)
+        if made is None or made["step"] < made["config"]["steps"]:
             print(f"!!! no --init: training a tiny base first, into {source}; --init HuggingFaceTB/SmolLM2-135M-Instruct would name a real one")
-            main(["--preset", "base", "--out", source, *(["--device", overrides["device"]] if overrides.get("device") else [])])
-            Path(source, "done").touch()
+            how = ["--preset", "base"] if made is None else ["--resume"]
+            main([*how, "--out", source, *(["--device", overrides["device"]] if overrides.get("device") else [])])
+            if load_run(source)["step"] < PRESETS["base"]["steps"]:  # somebody stopped it
+                raise SystemExit(0)
             print(f"!!! the base is made; now --method {method} adapts it to --data {overrides.get('data')}")
-    return Model.from_pretrained(source, **overrides)
+    model = Model.from_pretrained(source, **dict(method=method) | overrides)
+    if method == "full" and hasattr(model, "adapter"):
+        bad(f"--method full: {source} is an adapter; --merge it first, then --init the merged folder")
+    if overrides.get("merge"):
+        model.to = lambda device: model  # the base may be larger than a GPU: merging stays on the CPU
+    elif hasattr(model, "adapter"):
+        weights = [(p.numel(), p.requires_grad) for p in model.parameters()] + [(math.prod(m.nf4["shape"]), False) for m in model.modules() if getattr(m, "nf4", None)]
+        rank = f", rank {model.adapter['r']}" if "r" in model.adapter else ""
+        print(f"{model.base}: {sum(n for n, own in weights if not own):,} parameters, frozen; {sum(n for n, own in weights if own):,} are trained ({method}{rank})")
+    return model
 
 
 def answer(cfg, model, tok):
     """--sample: the text as a question, in the form that the training had; ends with the base's end token."""
     if tok is None:
         bad("--sample: the base has no tokenizer; --tok names one")
-    show(cfg, model, tok, Prompts(tok, cfg.prompt).encode([dict(role="user", content=cfg.sample)])[0])
+    prompts = Prompts(tok, cfg.prompt, model.stop)
+    model.stop = prompts.stop
+    show(cfg, model, tok, prompts.encode([dict(role="user", content=cfg.sample)])[0])
 
 
 @torch.no_grad()
 def merge(cfg, model, tok):
-    """--merge: W + s B A for every adapted W, in the base's dtype, one shard in memory beside the model; tokenizer files are copied."""
+    """--merge: W + s B A for every adapted W, one at a time, written in the dtype of the base's files; the rest is copied."""
     if getattr(model, "adapter", {}).get("peft_type") == "ADAPTION_PROMPT":
         bad("--merge: prompts of LLaMA-Adapter are no part of any weight; only lora and qlora can be merged")
-    for m in model.modules():
-        if isinstance(m, Linear) and m.lora_A is not None:
-            m.weight.data = (m.weight.float() + m.scale * m.lora_B.weight.float() @ m.lora_A.weight.float()).to(m.weight.dtype)
-            m.lora_A = m.lora_B = None
-    shards, size = [{}], 0
-    for name, p in model.named_parameters():
-        if size + p.nbytes > 2**31 and shards[-1]:
-            shards, size = [*shards, {}], 0
-        shards[-1][name], size = p.data, size + p.nbytes
-    names = ["model"] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}" for i in range(len(shards))]
-    config = model.hf_config() | dict(torch_dtype=str(p.dtype).removeprefix("torch."), eos_token_id=sorted(model.stop) or None)
-    for name, tensors in zip(names, shards):
-        write_weights(cfg.merge, tensors, config, name=name)
-    if len(shards) > 1:
-        index = dict(metadata={}, weight_map={k: f"{name}.safetensors" for name, tensors in zip(names, shards) for k in tensors})
-        write_file(f"{cfg.merge}/model.safetensors.index.json", lambda tmp: Path(tmp).write_text(json.dumps(index)))
-    base = find_checkpoint(model.base)
-    for f in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja", "tok.json"):
-        if (base / f).is_file():
-            shutil.copy(base / f, cfg.merge)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {cfg.merge}; transformers and --init {cfg.merge} load them")
+    modules, weights = dict(model.named_modules()), {n: p for n, p in model.named_parameters() if ".lora_" not in n}
+    names, header, end = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}, {"__metadata__": {"format": "pt"}}, 0
+    for n, p in weights.items():
+        header[n] = dict(dtype=names[p.dtype], shape=list(p.shape), data_offsets=[end, end := end + p.nbytes])
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+
+    def write(tmp):  # safetensors' format: the header's length, the header, the tensors; save_file would need them all at once
+        with open(tmp, "wb") as f:
+            f.write(len(head).to_bytes(8, "little") + head)
+            for n, p in weights.items():
+                m = modules[n.removesuffix(".weight")]
+                if getattr(m, "lora_A", None) is not None:
+                    p = (p.float() + m.scale * m.lora_B.weight @ m.lora_A.weight).to(p.dtype)
+                f.write(p.data.contiguous().view(torch.uint8).numpy())
+
+    try:
+        Path(cfg.merge).mkdir(parents=True, exist_ok=True)
+        write_file(f"{cfg.merge}/model.safetensors", write)
+    except OSError as e:
+        bad(f"--merge {cfg.merge}: {e.strerror}")
+    config = model.hf_config() | dict(torch_dtype=str(p.dtype).removeprefix("torch."))
+    write_file(f"{cfg.merge}/config.json", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
+    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja", "tok.json")
+    for f in [folder / f for folder in (find_checkpoint(model.base), Path(tok.kind if tok else "").parent) for f in files]:
+        if f.is_file() and not (f.name == "tok.json" and Path(cfg.merge, "tokenizer.json").is_file()):
+            shutil.copy(f, cfg.merge)
+    print(f"{sum(p.numel() for p in weights.values()):,} parameters in {cfg.merge}; transformers and --init {cfg.merge} load them")
 
 
 SOURCES["init"] = base_or_adapter

@@ -174,7 +174,7 @@ PRESETS = {
 def recurrent(q, k, v, a, S=None):
     S, o = 0 if S is None else S, []
     for q_n, k_n, v_n in zip(q.unbind(1), k.unbind(1), v.unbind(1)):  # each (B, H, K or V)
-        # S_n = g S_(n-1) + k_n^T v_n,  o_n = q_n S_n
+        # S_n = g S_(n-1) + k_n^T v_n,  o_n = q_n S_n                                               (eq. 6)
         S = a.exp()[:, None, None] * S + k_n[..., :, None] * v_n[..., None, :]  # (B, H, K, V)
         o.append((q_n[..., :, None] * S).sum(-2))  # (B, H, V)
     return torch.stack(o, 1).to(v.dtype), S
@@ -182,7 +182,7 @@ def recurrent(q, k, v, a, S=None):
 
 def parallel(q, k, v, a, S=None):
     n = torch.arange(q.shape[1], device=q.device)
-    # D_nm = g^(n - m), m <= n;  o = (q k^T * D) v
+    # D_nm = g^(n - m), m <= n;  o = (q k^T * D) v                                                  (eq. 5)
     D = torch.exp(a[:, None, None] * (n[:, None] - n).clamp(min=0)).tril()  # (H, T, T)
     A = torch.einsum("bnhk,bmhk->bhnm", q, k) * D  # (B, H, T, T)
     A = A / A.detach().abs().sum(-1, keepdim=True).clamp(min=1, max=5e4)
@@ -676,10 +676,11 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
                     self.state[p].setdefault("momentum", torch.zeros_like(p))
-            for (*_, m, n), ps in shapes.items():
+            for shape, ps in shapes.items():
+                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row makes a channel
                 grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
                 torch._foreach_lerp_(M, grads, 1 - group["momentum"])
-                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).view(-1, m, n)  # Nesterov's look ahead
+                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov's look ahead
                 X = X.bfloat16() if X.is_cuda else X
                 X = X.mT if m > n else X
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -688,7 +689,7 @@ class Muon(torch.optim.Optimizer):
                     X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
                 X = X.mT if m > n else X
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(ps, list(X.to(ps[0].dtype).view(-1, *ps[0].shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
+                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
 
 
 def make_optimizers(model, cfg):

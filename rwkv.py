@@ -58,6 +58,7 @@ from torch.utils.checkpoint import checkpoint
 try:
     from kernels.cross_entropy import linear_cross_entropy
     from kernels.norm import add_layer_norm, layer_norm
+    from kernels.rwkv_mix import gates, readout, squared_relu, token_shift
     from kernels.wkv7 import wkv7
 except ModuleNotFoundError:  # this file alone: the same operations in plain PyTorch
 
@@ -79,61 +80,64 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
         s = x + r
         return layer_norm(s, w, b, eps), s
 
+    def token_shift(h, last, mus):  # h_t + mu (h_{t-1} - h_t) for each mu; before the first token of h (B, T, C): last (B, C), or 0
+        d = (F.pad(h, (0, 0, 1, -1)) if last is None else torch.cat([last[:, None].to(h.dtype), h[:, :-1]], 1)) - h
+        return [h + d * mu for mu in mus]
+
+    def gates(k, w, a, k_k, k_a, N):
+        w = -math.exp(-0.5) * torch.sigmoid(w.float() if w.dtype == torch.bfloat16 else w)  # a decay exp(w) is above 0.545
+        a = torch.sigmoid(a)  # the rate of learning in context
+        kappa = F.normalize((k * k_k).unflatten(-1, (-1, N)), dim=-1).flatten(-2)  # of length 1 in each head
+        return [t.to(k.dtype) for t in (w, k * (1 + (a - 1) * k_a), -kappa, a * kappa)]
+
+    def readout(y, r, k, v, g, rho, weight, bias):
+        y = F.group_norm(y.flatten(0, 1), len(rho), weight, bias, 64e-5).view(y.shape)  # each head apart
+        bonus = (r * k).unflatten(-1, rho.shape).mul(rho).sum(-1, keepdim=True) * v.unflatten(-1, rho.shape)  # (B, T, H, N)
+        return ((y + bonus.flatten(-2)) * g).to(g.dtype)
+
+    def squared_relu(k):
+        return F.relu(k).square()
+
     def wkv7(r, w, k, v, a, b, initial=None):
         return chunkwise(r, w, k, v, a, b, initial)
 
 
-def advance(S, r, w, k, v, a, b):
-    """One token, the definition: S (B, H, N, N) fp32, rows for values, columns for keys; r, w, k, v, a, b (B, H, N) -> S, y.
-
-    S_t = S_{t-1} diag(exp(w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t        (the model: a = -kappa, b = a kappa)
-    """
-    S = S * w.exp()[:, :, None] + (S @ a[..., None]) * b[:, :, None] + v[..., None] * k[:, :, None]
-    return S, (S @ r[..., None])[..., 0]  # (B, H, N, N), (B, H, N)
-
-
 def recurrence(r, w, k, v, a, b, initial=None):
-    """Token after token: r, w, k, v, a, b (B, T, H, N), w the log of the decay, initial (B, H, N, N) or zeros -> y, final S."""
+    """The definition, token after token: r, w, k, v, a, b (B, T, H, N), initial (B, H, N, N) or zeros -> y (B, T, H, N), the last S.
+
+    S_t = S_{t-1} diag(exp(w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t        (RWKV-7: a = -kappa, b = a kappa)
+    """
     B, T, H, N = r.shape
-    S, ys = r.new_zeros(B, H, N, N) if initial is None else initial, []
-    for token in zip(*(z.unbind(1) for z in (r, w, k, v, a, b))):
-        S, y = advance(S, *token)
-        ys.append(y)
-    return torch.stack(ys, 1), S  # (B, T, H, N)
+    S, ys = r.new_zeros(B, H, N, N) if initial is None else initial, []  # rows are values, columns keys
+    for r_t, w_t, k_t, v_t, a_t, b_t in zip(*(z.unbind(1) for z in (r, w, k, v, a, b))):  # each (B, H, N)
+        S = S * w_t.exp()[:, :, None] + (S @ a_t[..., None]) * b_t[:, :, None] + v_t[..., None] * k_t[:, :, None]
+        ys.append((S @ r_t[..., None])[..., 0])
+    return torch.stack(ys, 1), S
 
 
 def chunkwise(r, w, k, v, a, b, initial=None, L=32):
-    """The same in chunks of L tokens, where it is matrix products. c_t = w_1 + ... + w_t counts from the chunk's start:
+    """The same in chunks of L tokens, where it is matrix products. With c_t = w_1 + ... + w_t in the chunk, S the state before it:
 
-    u_t = S_{t-1} a_t = S_0 (e^{c_{t-1}} a_t) + sum_{s<t} ((e^{c_{t-1} - c_s} b_s . a_t) u_s + (e^{c_{t-1} - c_s} k_s . a_t) v_s)
-    y_t = S_t r_t     = S_0 (e^{c_t} r_t)     + sum_{s<=t} ((e^{c_t - c_s} b_s . r_t) u_s + (e^{c_t - c_s} k_s . r_t) v_s)
-    The first is a triangular system for all u of the chunk. w >= -0.61 keeps e^{c_t - c_s} = e^{c_t - m} e^{m - c_s} in range.
+    u_t = S_{t-1} a_t = S (e^{c_{t-1}} a_t) + sum_{s<t}  ((e^{c_{t-1} - c_s} k_s . a_t) v_s + (e^{c_{t-1} - c_s} b_s . a_t) u_s)
+    y_t = S_t r_t     = S (e^{c_t} r_t)     + sum_{s<=t} ((e^{c_t - c_s} k_s . r_t) v_s     + (e^{c_t - c_s} b_s . r_t) u_s)
+    The first is a triangular system for all u. Exponents are split at m = c_L / 2, which keeps e^{c_t - m} and e^{m - c_s} below
+    e^{0.61 L / 2}; kernels/wkv7.py does the same with a backward written by hand.
     """
-    B, T, H, N = r.shape
-    dtype, n, pad = r.dtype, -(-T // L), -T % L  # a padded token has w = 0 and writes nothing
+    S, ys, dtype = r.new_zeros(len(r), *r.shape[2:], r.shape[3]) if initial is None else initial, [], r.dtype
+    wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(r.device.type, enabled=False):
-        chunks = lambda z: F.pad(z if z.dtype == torch.float64 else z.float(), (0, 0, 0, 0, 0, pad)).view(B, n, L, H, N).transpose(2, 3)
-        r, w, k, v, a, b = (chunks(z) for z in (r, w, k, v, a, b))  # (B, n, H, L, N)
-        c = w.cumsum(3)
-        m, end = c[..., L // 2 : L // 2 + 1, :], c[..., -1:, :]
-        into, back = (c - m).exp(), (m - c).exp()
-        a_in, r_in, kb = a * (into * (-w).exp()), r * into, torch.cat([k, b], 3) * torch.cat([back, back], 3)  # kb (.., 2L, N)
-        A_k, A_b = (a_in @ kb.mT).split(L, -1)  # (B, n, H, L, L)
-        R_k, R_b = (r_in @ kb.mT).split(L, -1)
-        # u = X + Z S_0^T:  (1 - tril(A_b, -1)) [X, Z] = [tril(A_k, -1) v, e^{c_{t-1}} a]
-        known = torch.cat([A_k.tril(-1) @ v, a_in * m.exp()], -1)
-        one = torch.eye(L, dtype=c.dtype, device=c.device)
-        X, Z = torch.linalg.solve_triangular(one - A_b.tril(-1), known, upper=False, unitriangular=True).split(N, -1)
-        kb, decay, starts, us = kb * (end - m).exp(), end.exp(), [], []  # kb: e^{c_L - c_s} k_s and b_s, which reach the chunk's end
-        S = r.new_zeros(B, H, N, N) if initial is None else initial
-        for X_i, Z_i, v_i, kb_i, decay_i in zip(*(z.unbind(1) for z in (X, Z, v, kb, decay))):
-            u = X_i + Z_i @ S.mT  # (B, H, L, N)
-            starts.append(S)
-            us.append(u)
-            S = S * decay_i + torch.cat([v_i, u], 2).mT @ kb_i
-        S_0, u = torch.stack(starts, 1), torch.stack(us, 1)
-        y = (r_in * m.exp()) @ S_0.mT + R_k.tril() @ v + R_b.tril() @ u  # (B, n, H, L, N)
-    return y.transpose(2, 3).reshape(B, n * L, H, N)[:, :T].to(dtype), S
+        for chunk in zip(*(z.to(wide).transpose(1, 2).split(L, 2) for z in (r, w, k, v, a, b))):
+            r, w, k, v, a, b = chunk  # (B, H, L, N)
+            c = w.cumsum(2)
+            m = c[:, :, -1:] / 2
+            a, r, k, b = a * (c - w - m).exp(), r * (c - m).exp(), k * (m - c).exp(), b * (m - c).exp()
+            S = S.to(wide) * m.exp()
+            known = a @ S.mT + (a @ k.mT).tril(-1) @ v
+            one = torch.eye(c.shape[2], dtype=wide, device=c.device)
+            u = torch.linalg.solve_triangular(one - (a @ b.mT).tril(-1), known, upper=False, unitriangular=True)
+            ys.append(r @ S.mT + (r @ k.mT).tril() @ v + (r @ b.mT).tril() @ u)
+            S = (S + v.mT @ k + u.mT @ b) * m.exp()
+    return torch.cat(ys, 2).transpose(1, 2).to(dtype), S
 
 
 @dataclass
@@ -191,8 +195,8 @@ PRESETS = {
     # the released sizes, with the learning rates that RWKV-LM gives for them, about 0.5M tokens a step on one 12 GB GPU
     "0.1B": dict(layers=12, dim=768, v_rank=32, gate_rank=128, batch=16, accum=64, steps=100_000, lr=6e-4, **RWKV_LM),
     "0.4B": dict(layers=24, dim=1024, decay_rank=64, a_rank=64, v_rank=32, gate_rank=128, batch=8, accum=128, steps=100_000, lr=4e-4, **RWKV_LM),
-    "1.5B": dict(layers=24, dim=2048, v_rank=64, gate_rank=256, batch=1, accum=1024, steps=100_000, lr=3e-4, optim="adamw8bit", ckpt=True, **RWKV_LM),
-    "2.9B": dict(layers=32, dim=2560, v_rank=64, gate_rank=320, batch=1, accum=1024, steps=100_000, lr=3e-4, optim="adamw8bit", ckpt=True, **RWKV_LM),
+    "1.5B": dict(layers=24, dim=2048, decay_rank=96, a_rank=96, v_rank=64, gate_rank=256, batch=1, accum=1024, steps=100_000, lr=3e-4, optim="adamw8bit", ckpt=True, **RWKV_LM),
+    "2.9B": dict(layers=32, dim=2560, decay_rank=96, a_rank=96, v_rank=64, gate_rank=320, batch=1, accum=1024, steps=100_000, lr=3e-4, optim="adamw8bit", ckpt=True, **RWKV_LM),
 }  # fmt: skip
 
 
@@ -208,149 +212,20 @@ class LayerNorm(nn.Module):
         return layer_norm(x, self.weight, self.bias)
 
 
-def shift(h, last=None):
-    """h_{t-1} for each t of h (B, T, C); before the first stands last (B, C), or 0 at the start of a text."""
-    return F.pad(h, (0, 0, 1, -1)) if last is None else torch.cat([last[:, None].to(h.dtype), h[:, :-1]], 1)
-
-
-def wide(*tensors):
-    return [t if t.dtype == torch.float64 else t.float() for t in tensors]
-
-
-# What stands between the matrix products reads and writes whole (B, T, C) tensors and is memory-bound. Autograd would keep every
-# intermediate; these four keep their inputs, which other operations keep anyway, and go through memory less often.
-class Mixes(torch.autograd.Function):
-    """h (B, T, C), last (B, C) or None, some mu (1, 1, C) -> for each mu the mix h_t + mu (h_{t-1} - h_t)."""
-
-    @staticmethod
-    def forward(ctx, h, last, *mus):
-        ctx.save_for_backward(h, last, *mus)
-        d = shift(h, last).sub_(h)
-        return tuple(torch.addcmul(h, d, mu.to(h.dtype)) for mu in mus)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *dxs):
-        h, last, *mus = ctx.saved_tensors
-        d = shift(h, last).sub_(h)
-        dmus = [(dx * d).sum((0, 1), keepdim=True) for dx in dxs]
-        dh, before = dxs[0].clone(), dxs[0] * mus[0]  # before: what goes to h_{t-1}
-        for dx, mu in zip(dxs[1:], mus[1:]):
-            dh.add_(dx)
-            before.addcmul_(dx, mu)
-        dh.sub_(before)[:, :-1].add_(before[:, 1:])
-        return dh, None if last is None else before[:, 0], *dmus
-
-
-class Gates(torch.autograd.Function):
-    """k and, before their sigmoids, w and a (B, T, C) -> what the recurrence takes: w, k, -kappa and a kappa (B, T, C).
-
-    w = -e^{-1/2} sigma(w), so that a decay is between 0.545 and 1;   a = sigma(a), the rate of learning in context
-    kappa = k k_k, of length 1 in each head;   k = k (1 + (a - 1) k_a)
-    """
-
-    @staticmethod
-    def parts(k, a, k_k, k_a, heads):
-        k, a = wide(k, a)
-        a = a.sigmoid()
-        p = (k * k_k).unflatten(-1, heads)  # (B, T, H, N)
-        length = torch.linalg.vector_norm(p, dim=-1, keepdim=True).clamp_(min=1e-12)
-        return k, a, p.div_(length), length
-
-    @staticmethod
-    def forward(ctx, k, w, a, k_k, k_a, heads):
-        ctx.save_for_backward(k, w, a, k_k, k_a)
-        ctx.heads, dtype = heads, k.dtype
-        k, a, kappa, _ = Gates.parts(k, a, k_k, k_a, heads)
-        rate = (a - 1).mul_(k_a).add_(1)
-        w = wide(w)[0].sigmoid().mul_(-math.exp(-0.5))
-        kappa = kappa.flatten(-2)
-        return tuple(t.to(dtype) for t in (w, rate.mul_(k), -kappa, kappa.mul_(a)))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dw, dk_out, dminus, db):
-        k, w, a, k_k, k_a = ctx.saved_tensors
-        dtype, dw, dk_out, dminus, db = k.dtype, *wide(dw, dk_out, dminus, db)
-        k, a, kappa, length = Gates.parts(k, a, k_k, k_a, ctx.heads)
-        s = wide(w)[0].sigmoid()
-        dw = torch.ops.aten.sigmoid_backward(dw, s).mul_(-math.exp(-0.5))
-        # kappa = p / |p|:   dp = (dkappa - kappa (kappa . dkappa)) / |p|
-        dkappa = (db * a).sub_(dminus).unflatten(-1, ctx.heads)
-        dp = dkappa.addcmul_(kappa, (kappa * dkappa).sum(-1, keepdim=True), value=-1).div_(length).flatten(-2)
-        dk_k = (dp * k).sum((0, 1), keepdim=True)
-        g = dk_out * k
-        da = (g * k_a).addcmul_(db, kappa.flatten(-2))
-        rate = a - 1
-        dk_a = g.mul_(rate).sum((0, 1), keepdim=True)
-        dk = dp.mul_(k_k).addcmul_(dk_out, rate.mul_(k_a).add_(1))
-        return dk.to(dtype), dw.to(dtype), torch.ops.aten.sigmoid_backward(da, a).to(dtype), dk_k, dk_a, None
-
-
-class Readout(torch.autograd.Function):
-    """y, r, k, v, g (B, T, C) -> (norm(y) weight + bias + (sum r k rho) v) g: norm and sum over each head, rho (H, N)."""
-
-    @staticmethod
-    def parts(y, r, k, v, g, rho):
-        y, r, k, v, g = (t.unflatten(-1, rho.shape) for t in wide(y, r, k, v, g))  # (B, T, H, N)
-        n = y - y.mean(-1, keepdim=True)
-        rstd = torch.linalg.vector_norm(n, dim=-1, keepdim=True).square_().div_(n.shape[-1]).add_(64e-5).rsqrt_()
-        return n.mul_(rstd), rstd, r, k, v, g, (r * k).mul_(rho).sum(-1, keepdim=True)
-
-    @staticmethod
-    def forward(ctx, y, r, k, v, g, rho, weight, bias):
-        ctx.save_for_backward(y, r, k, v, g, rho, weight, bias)
-        n, _, _, _, v, gate, bonus = Readout.parts(y, r, k, v, g, rho)
-        out = n.mul_(weight.view_as(rho)).add_(bias.view_as(rho)).addcmul_(bonus, v).mul_(gate)
-        return out.flatten(-2).to(g.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout):
-        *ins, rho, weight, bias = ctx.saved_tensors
-        n, rstd, r, k, v, g, bonus = Readout.parts(*ins, rho)
-        w, dout = weight.view_as(rho), wide(dout)[0].unflatten(-1, rho.shape)
-        dg = (n * w).add_(bias.view_as(rho)).addcmul_(bonus, v).mul_(dout)
-        do = dout * g
-        dbonus = (do * v).sum(-1, keepdim=True)  # (B, T, H, 1)
-        dv, t = do * bonus, dbonus * rho
-        dr, dk = t * k, t.mul_(r)
-        drho = (r * k).mul_(dbonus).sum((0, 1))
-        dbias, dweight = do.sum((0, 1)).flatten(), (do * n).sum((0, 1)).flatten()
-        # n = (y - mean) rstd:   dy = rstd (dn - mean(dn) - n mean(dn n))
-        dn = do.mul_(w)
-        inner = (dn * n).mean(-1, keepdim=True)
-        dy = dn.sub_(dn.mean(-1, keepdim=True)).addcmul_(n, inner, value=-1).mul_(rstd)
-        grads = [t.flatten(-2).to(x.dtype) for t, x in zip((dy, dr, dk, dv, dg), ins)]
-        return *grads, drho, dweight, dbias
-
-
-class SquaredReLU(torch.autograd.Function):
-    """relu(k)^2 w^T, k (B, T, F), w (C, F), which keeps relu(k) and not its square."""
-
-    @staticmethod
-    def forward(ctx, k, w):
-        k = F.relu(k)
-        ctx.save_for_backward(k, w)
-        return F.linear(k * k, w.to(k.dtype))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        k, w = ctx.saved_tensors
-        dk = (dy @ w.to(k.dtype)).mul_(k).mul_(2)
-        return dk, (dy.flatten(0, 1).mT @ (k * k).flatten(0, 1)).to(w.dtype)
-
-
 def orthogonal(rows, cols, gain):
     return nn.Parameter(nn.init.orthogonal_(torch.empty(rows, cols), gain))
+
+
+def low_rank(x, up, bias):
+    """bias + x up: (B, T, rank) -> (B, T, C)."""
+    return F.linear(x, up.t(), bias.flatten())
 
 
 class TimeMix(nn.Module):
     def __init__(self, cfg, i):
         super().__init__()
         C, N = cfg.dim, cfg.head_dim
-        self.first, self.H, self.N = i == 0, C // N, N
+        self.N = N
         # initial values of RWKV-LM: mixes and decays spread over the channels, differently in each layer
         n, depth, left = torch.arange(C), i / max(1, cfg.layers - 1), 1 - i / cfg.layers
         line, zigzag = n / (C - 1) - 0.5, ((n % N) - (N - 1) / 2) / ((N - 1) / 2)
@@ -360,18 +235,17 @@ class TimeMix(nn.Module):
             setattr(self, f"x_{name}", vector(1 - (n / C) ** (power * left)))
         self.w0 = vector(-6 + 6 * (n / (C - 1)) ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag)
         self.a0 = vector(-0.19 + 0.3 * zigzag + 0.4 * line)
-        self.v0 = None if self.first else vector(0.73 - 0.4 * line)
+        if i > 0:  # the first block gives its v to the others
+            self.v0 = vector(0.73 - 0.4 * line)
         self.k_k = vector(0.71 - 0.1 * line)
         self.k_a = vector(torch.full((C,), 1.02))
-        self.r_k = nn.Parameter(torch.full((self.H, N), -0.04))
+        self.r_k = nn.Parameter(torch.full((C // N, N), -0.04))
         for name, rank in zip("wavg", ranks(cfg)):
-            if name == "v" and self.first:
-                self.v1 = self.v2 = None
-                continue
-            setattr(self, f"{name}1", nn.Parameter(torch.zeros(C, rank)))
-            setattr(self, f"{name}2", orthogonal(rank, C, 0.1 * max(1, rank / C) ** 0.5))
+            if name != "v" or i > 0:
+                setattr(self, f"{name}1", nn.Parameter(torch.zeros(C, rank)))
+                setattr(self, f"{name}2", orthogonal(rank, C, 0.1 * max(1, rank / C) ** 0.5))
         self.receptance, self.key, self.value, self.output = (nn.Linear(C, C, bias=False) for _ in range(4))
-        self.ln_x = nn.GroupNorm(self.H, C, eps=64e-5)
+        self.ln_x = nn.GroupNorm(C // N, C, eps=64e-5)
         nn.init.orthogonal_(self.receptance.weight)
         nn.init.orthogonal_(self.key.weight, 0.1)
         nn.init.orthogonal_(self.value.weight)
@@ -379,39 +253,22 @@ class TimeMix(nn.Module):
         nn.init.constant_(self.ln_x.weight, ((1 + i) / cfg.layers) ** 0.7)
 
     def forward(self, h, v_first, last=None, S=None):
-        """h, v_first (B, T, C); last (B, C) and S (B, H, N, N) of the tokens before -> output, v_first, final S."""
-        B, T, C = h.shape
-        x_r, x_w, x_k, x_v, x_a, x_g = Mixes.apply(h, last, self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)
-        r, k, v, w, a, g, v_first = self.projections(x_r, x_w, x_k, x_v, x_a, x_g, v_first)
-        w, k, minus_kappa, b = Gates.apply(k, w, a, self.k_k, self.k_a, self.r_k.shape)
-        y, S = wkv7(*(z.view(B, T, self.H, self.N) for z in (r, w, k, v, minus_kappa, b)), initial=S)
-        y = Readout.apply(y.reshape(B, T, C), r, k, v, g, self.r_k, self.ln_x.weight, self.ln_x.bias)
-        return self.output(y), v_first, S
-
-    def projections(self, x_r, x_w, x_k, x_v, x_a, x_g, v_first):
-        """Matrices, and for what needs less a product of two narrow ones. w and a are without their sigmoids."""
-        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        w = F.linear(torch.tanh(x_w @ self.w1), self.w2.t(), self.w0.flatten())
-        a = F.linear(x_a @ self.a1, self.a2.t(), self.a0.flatten())
+        """h, v_first (B, T, C); last (B, C) and S (B, H, N, N) of the tokens before -> output, v_first, S after the last."""
+        x_r, x_w, x_k, x_v, x_a, x_g = token_shift(h, last, (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)  # (B, T, C)
+        w = low_rank(torch.tanh(x_w @ self.w1), self.w2, self.w0)
+        a = low_rank(x_a @ self.a1, self.a2, self.a0)
         g = torch.sigmoid(x_g @ self.g1) @ self.g2
-        if self.first:
-            return r, k, v, w, a, g, v
-        return r, k, torch.lerp(v, v_first, torch.sigmoid(F.linear(x_v @ self.v1, self.v2.t(), self.v0.flatten()))), w, a, g, v_first
-
-    def token(self, h, v_first, last, S):
-        """forward for one token, h (B, 1, C), in the paper's words."""
-        heads = lambda z: z.view(-1, self.H, self.N)
-        d = last[:, None] - h
-        x = [torch.addcmul(h, d, mu) for mu in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g)]
-        r, k, v, w, a, g, v_first = self.projections(*x, v_first)
-        w = -math.exp(-0.5) * torch.sigmoid(w)
-        a = torch.sigmoid(a)
-        kappa = F.normalize(heads(k * self.k_k), dim=-1)
-        k = k * (1 + (a - 1) * self.k_a)
-        S, y = advance(S, heads(r), heads(w), heads(k), heads(v), -kappa, kappa * heads(a))
-        y = F.group_norm(y.flatten(1), self.H, self.ln_x.weight, self.ln_x.bias, 64e-5)
-        y = y + (heads(r * k) * self.r_k).sum(-1, keepdim=True).mul(heads(v)).flatten(1)
-        return self.output(y[:, None] * g), v_first, S
+        if v_first is None:  # the first block
+            v_first = v
+        else:
+            v = torch.lerp(v, v_first, torch.sigmoid(low_rank(x_v @ self.v1, self.v2, self.v0)))  # v + (v_first - v) sigma(...)
+        # w = -e^{-1/2} sigma(w),  a = sigma(a),  kappa = k k_k / |k k_k|,  k = k (1 + (a - 1) k_a)
+        w, k, minus_kappa, a_kappa = gates(k, w, a, self.k_k, self.k_a, self.N)
+        y, S = wkv7(*(z.unflatten(-1, (-1, self.N)) for z in (r, w, k, v, minus_kappa, a_kappa)), S)  # (B, T, H, N)
+        # (GroupNorm(y) + (sum r k r_k) v) g, norm and sum in each head
+        y = readout(y.flatten(2), r, k, v, g, self.r_k, self.ln_x.weight, self.ln_x.bias)
+        return self.output(y), v_first, S
 
 
 class ChannelMix(nn.Module):
@@ -424,10 +281,8 @@ class ChannelMix(nn.Module):
         nn.init.zeros_(self.value.weight)
 
     def forward(self, h, last=None):
-        return SquaredReLU.apply(self.key(*Mixes.apply(h, last, self.x_k)), self.value.weight)
-
-    def token(self, h, last):
-        return self.value(F.relu(self.key(torch.addcmul(h, last[:, None] - h, self.x_k))).square())
+        (x_k,) = token_shift(h, last, (self.x_k,))
+        return self.value(squared_relu(self.key(x_k)))
 
 
 class Block(nn.Module):
@@ -443,11 +298,9 @@ class Block(nn.Module):
     def forward(self, x, v_first, last=(None, None), S=None):
         """last (2, B, C): what ln1 and ln2 gave for the token before. -> x, v_first, the new last and S."""
         h1 = self.ln1(x)
-        one = S is not None and x.shape[1] == 1
-        y, v_first, S = (self.att.token if one else self.att)(h1, v_first, last[0], S)
+        y, v_first, S = self.att(h1, v_first, last[0], S)
         h2, x = add_layer_norm(x, y, self.ln2.weight, self.ln2.bias)  # x = x + y, h2 = ln2(x), in one pass
-        x = x + (self.ffn.token if one else self.ffn)(h2, last[1])
-        return x, v_first, torch.stack([h1[:, -1], h2[:, -1]]), S
+        return x + self.ffn(h2, last[1]), v_first, torch.stack([h1[:, -1], h2[:, -1]]), S
 
 
 def ranks(cfg):
@@ -859,10 +712,11 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
                     self.state[p].setdefault("momentum", torch.zeros_like(p))
-            for (*_, m, n), ps in shapes.items():
+            for shape, ps in shapes.items():
+                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row makes a channel
                 grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
                 torch._foreach_lerp_(M, grads, 1 - group["momentum"])
-                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).view(-1, m, n)  # Nesterov's look ahead
+                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov's look ahead
                 X = X.bfloat16() if X.is_cuda else X
                 X = X.mT if m > n else X
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -871,7 +725,7 @@ class Muon(torch.optim.Optimizer):
                     X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
                 X = X.mT if m > n else X
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(ps, list(X.to(ps[0].dtype).view(-1, *ps[0].shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
+                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
 
 
 def make_optimizers(model, cfg):
@@ -928,7 +782,7 @@ def write_file(path, write):
 def write_weights(folder, tensors, config, name="model", new="", step=None):
     """<name>.safetensors and its config, as the family's own library loads them. new, step: see save()."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    config_name = f"{name.removesuffix('_model')}_config.json" if name.endswith("_model") else "config.json"
+    config_name = "adapter_config.json" if name == "adapter_model" else "config.json"
     write_file(f"{folder}/{config_name}", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
     tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
     write_file(f"{folder}/{name}.safetensors{new}", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
@@ -1002,7 +856,7 @@ def save(cfg, model, optimizers, tok, step, best):
         write_file(f"{cfg.out}/tok.json", lambda tmp: Path(tmp).write_text(json.dumps(kind)))
         state = dict(config=asdict(cfg), optimizers=states, step=step, best=best)
         write_file(f"{cfg.out}/train_state.pt", lambda tmp: torch.save(state, tmp))
-        for new in Path(cfg.out).glob("*.safetensors.new"):
+        for new in Path(cfg.out).rglob("*.safetensors.new"):
             os.replace(new, new.with_suffix(""))
 
 
@@ -1013,7 +867,7 @@ def load_run(out):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for new in Path(out).glob("*.safetensors.new"):
+        for new in Path(out).rglob("*.safetensors.new"):
             with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of train_state.pt's step here
                 if f.metadata()["step"] == str(state["step"]):
                     os.replace(new, new.with_suffix(""))
