@@ -1,0 +1,241 @@
+"""dit.py against Meta's DiT (recorded, see official_dit.py), diffusers' DiT, PixArt-alpha and schedulers, against itself, and as a program."""
+
+import json
+import os
+from pathlib import Path
+
+import official_dit
+import pytest
+import torch
+from house import error
+
+import dit
+from dit import Config, Model
+
+OFFICIAL = dict(layers=2, dim=24, heads=4, patch=2, size=4, channels=4, cond="class", classes=5, objective="ddpm", learn_sigma=True, drop=0.0)
+TEXT = dict(layers=2, dim=24, heads=4, patch=2, size=8, channels=4, cond="text", captions=6, features=10, objective="ddpm", learn_sigma=True)
+RUN = "--layers 2 --heads 2 --dim 32 --batch 8 --eval-iters 1 --sample-steps 2 --number 2".split()
+
+
+def recorded(key, like):
+    return torch.tensor(json.loads(Path(official_dit.__file__).with_suffix(".json").read_text())[key]).view_as(like)
+
+
+# ---------------------------------------------------------------- the model
+def test_equals_metas_dit():
+    """Positions, prediction, the three terms of the loss and every gradient; fp32, relative error."""
+    model = official_dit.filled(Model(Config(**OFFICIAL)))
+    x0, noise, t, y = official_dit.inputs()
+    assert torch.allclose(model.pos_embed, recorded("pos_embed", model.pos_embed), atol=1e-6)
+    a, s = dit.tables("linear", x0.device)[:2][:, t].view(2, -1, 1, 1, 1)
+    out = model(a * x0 + s * noise, t, y)
+    assert error(out, recorded("prediction", out)) < 1e-5
+    u = torch.stack([(t + 0.5) / dit.LEVELS, torch.ones(4)], 1)
+    loss = model.loss_at(x0, y, u, noise)
+    assert abs(loss / recorded("loss", t).mean() - 1) < 1e-5
+    mse = (out[:, :4] - noise).square().mean()
+    assert abs(mse / recorded("mse", t).mean() - 1) < 1e-5 and abs((loss - mse) / recorded("vb", t).mean() - 1) < 1e-4
+    loss.backward()
+    want = json.loads(Path(official_dit.__file__).with_suffix(".json").read_text())["gradients"]
+    grads = {n: p.grad.norm().item() for n, p in model.named_parameters()}
+    assert grads.keys() == want.keys()
+    assert all(abs(grads[n] - want[n]) < 1e-4 * want[n] + 1e-7 for n in want)
+
+
+@pytest.mark.parametrize("name, sampler", [("ddpm", "ddpm"), ("ddim", "ddim"), ("ddim_5", "ddim")])
+def test_sampling_equals_metas(monkeypatch, name, sampler):
+    """Trajectories with guidance on three channels, learned variances, and respaced times; the noise is the official code's."""
+    model = official_dit.filled(Model(Config(**OFFICIAL)))
+    _, noise, _, _ = official_dit.inputs()
+    times = json.loads(Path(official_dit.__file__).with_suffix(".json").read_text())[f"{name}_times"][::-1]
+    assert name == "ddim_5" or times == model.times(7)
+    torch.manual_seed(2)
+    drawn = iter([torch.randn(4, 4, 4, 4)[:2] for _ in times])
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: next(drawn))
+    x = model.sample(torch.tensor([3, 0]), guidance=2.5, sampler=sampler, noise=noise[:2], times=times)
+    assert error(x, recorded(name, x)) < 1e-4
+
+
+@pytest.mark.skipif("DIT" not in os.environ, reason="DIT names a checkout of facebookresearch/DiT")
+def test_equals_metas_dit_live():
+    models, _ = official_dit.official(os.environ["DIT"])
+    theirs, ours = official_dit.filled(models.DiT(**official_dit.SIZES).eval()), Model(Config(**OFFICIAL)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x, _, t, y = official_dit.inputs()
+    assert error(ours(x, t, y), theirs(x, t, y)) < 1e-5
+
+
+def diffusers_dit():
+    from diffusers import DiTTransformer2DModel
+
+    theirs = DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=6, in_channels=4, out_channels=8, num_layers=2, sample_size=4,
+                                   patch_size=2, num_embeds_ada_norm=5, norm_num_groups=1, norm_eps=1e-6)  # fmt: skip
+    theirs = official_dit.filled(theirs).eval()
+    first = theirs.transformer_blocks[0].norm1.emb
+    for block in theirs.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0  # it has 1, Meta's DiT 0
+        block.norm1.emb.load_state_dict(first.state_dict())  # a checkpoint holds the same embedders in each block
+    return theirs
+
+
+def diffusers_pixart():
+    from diffusers import PixArtTransformer2DModel
+
+    theirs = PixArtTransformer2DModel(num_attention_heads=4, attention_head_dim=6, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=24,
+                                      sample_size=8, patch_size=2, caption_channels=10, norm_type="ada_norm_single", norm_elementwise_affine=False,
+                                      norm_eps=1e-6, attention_bias=True, use_additional_conditions=False, interpolation_scale=2)  # fmt: skip
+    return official_dit.filled(theirs).eval()
+
+
+def same_gradients(ours, theirs, config):
+    """Gradients of theirs, put under our names as weights are, against ours."""
+    grads = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in theirs.named_parameters()}
+    for n in [n for n in grads if ".norm1.emb." in n]:  # the embedders of all blocks are one of ours
+        part = n.split(".norm1.")[1]
+        grads[n] = sum(g for m, g in grads.items() if m.endswith(f".norm1.{part}")) if n.startswith("transformer_blocks.0.") else grads[n]
+    want = dit.from_diffusers(grads, config)
+    for n, p in ours.named_parameters():
+        assert error(p.grad, want[n]) < 1e-4, n
+
+
+def test_equals_diffusers_dit(tmp_path):
+    theirs = diffusers_dit()
+    theirs.save_pretrained(tmp_path / "transformer")
+    ours = Model.from_pretrained(tmp_path).eval()
+    assert {k: getattr(ours.cfg, k) for k in OFFICIAL if k != "drop"} == {k: v for k, v in OFFICIAL.items() if k != "drop"}
+    x, _, t, y = official_dit.inputs()
+    a, b = ours(x, t, y), theirs(x, t, class_labels=y).sample
+    assert error(a, b) < 1e-5
+    (a * a.detach()).sum().backward()
+    (b * b.detach()).sum().backward()
+    same_gradients(ours, theirs, theirs.config)
+
+
+def test_equals_diffusers_pixart(tmp_path):
+    """With a mask over the captions' tokens; positions are scaled."""
+    theirs = diffusers_pixart()
+    theirs.save_pretrained(tmp_path)
+    ours = Model.from_pretrained(tmp_path).eval()
+    g = torch.Generator().manual_seed(1)
+    x, t, y = torch.randn(3, 4, 8, 8, generator=g), torch.tensor([0, 500, 999]), torch.randn(3, 6, 10, generator=g)
+    mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4, [1] * 5 + [0]])
+    a, b = ours(x, t, y, mask), theirs(x, y, t, encoder_attention_mask=mask, added_cond_kwargs=dict(resolution=None, aspect_ratio=None)).sample
+    assert error(a, b) < 1e-5
+    (a * a.detach()).sum().backward()
+    (b * b.detach()).sum().backward()
+    same_gradients(ours, theirs, theirs.config)
+
+
+def test_official_files(tmp_path):
+    """A plain state dict, the training script's dictionary (EMA weights, argparse's flags), a safetensors file, PixArt-alpha's; and what they are not."""
+    import argparse
+
+    model = official_dit.filled(Model(Config(**OFFICIAL | dict(dim=64, heads=1))))
+    tensors = model.state_dict()
+    torch.save(tensors, tmp_path / "plain.pt")
+    torch.save(dict(model={}, ema=tensors, opt={}, args=argparse.Namespace(lr=1)), tmp_path / "training.pt")
+    text = official_dit.filled(Model(Config(**TEXT | dict(dim=64, heads=1))))
+    torch.save(dict(state_dict=text.state_dict()), tmp_path / "pixart.pth")
+    model.save_pretrained(tmp_path / "folder")
+    for name, want in (("plain.pt", model), ("training.pt", model), ("folder", model), ("folder/model.safetensors", model), ("pixart.pth", text)):
+        found = Model.from_pretrained(tmp_path / name)
+        assert found.cfg.cond == want.cfg.cond and found.cfg.heads == 1
+        assert all(torch.equal(v, want.state_dict()[k]) for k, v in found.state_dict().items())
+    broken = dict(tensors)
+    del broken["blocks.1.mlp.fc2.bias"]
+    torch.save(broken, tmp_path / "broken.pt")
+    Path(tmp_path / "text.pt").write_text("no checkpoint")
+    for name, words in (("broken.pt", "no tensor blocks.1.mlp.fc2.bias"), ("text.pt", "damaged, or not a checkpoint")):
+        with pytest.raises(SystemExit):
+            Model.from_pretrained(tmp_path / name)
+
+
+def test_sizes_of_the_paper():
+    """Parameters of table 1's models with 1,000 classes, in millions, as Meta's code counts them."""
+    for name, want in (("S/2", 33.0), ("B/4", 130.7), ("L/8", 459.8), ("XL/2", 675.1)):
+        with torch.device("meta"):
+            cfg = Config(**dict(dit.PRESETS[name]))
+            n = sum(p.numel() for p in Model(cfg).parameters()) + 0
+        assert abs(n / 1e6 - want) < 0.006 * want, (name, n)
+
+
+def test_alone_equals_with_kernels():
+    import house
+
+    alone = house.alone("dit.py")
+    for cfg in (OFFICIAL, TEXT | dict(features=0)):
+        ours, plain = (official_dit.filled(m.Model(m.Config(**cfg))) for m in (dit, alone))
+        x, cond, u, noise = dit.example(ours.cfg, 4)
+        plain.load_state_dict(ours.state_dict())
+        a, b = ours.loss_at(x, cond, u, noise), plain.loss_at(x, cond, u, noise)
+        assert abs(a / b - 1) < 1e-5
+        a.backward()
+        b.backward()
+        for (n, p), q in zip(ours.named_parameters(), plain.parameters()):
+            assert error(p.grad, q.grad) < 1e-4, n
+
+
+# ---------------------------------------------------------------- samplers
+class Toy(dit.Diffusion):
+    """A prediction that depends on x and t, cheap and smooth."""
+
+    def __init__(self, **cfg):
+        super().__init__()
+        self.cfg, self.w = Config(size=4, channels=3, **cfg), torch.nn.Parameter(torch.ones(()))
+
+    @staticmethod
+    def noise_shape(cfg):
+        return cfg.channels, cfg.size, cfg.size
+
+    def forward(self, x, t, cond, mask=None, drop=None):
+        out = torch.tanh(0.7 * x + (t.view(-1, 1, 1, 1) / 300).sin()) * self.w
+        return torch.cat([out, out.cos()], 1) if self.cfg.learn_sigma else out
+
+
+def follow(scheduler, model, noise, times=None):
+    """diffusers' own loop."""
+    x = noise
+    for t in scheduler.timesteps:
+        out = model(scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x, torch.as_tensor(t).expand(len(x)), None)
+        x = scheduler.step(out, t, x).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddpm learned", "ddim", "euler", "heun", "flow euler", "flow heun"])
+def test_samplers_equal_diffusers(sampler, monkeypatch):
+    import diffusers as D
+
+    noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    learned, flow = sampler == "ddpm learned", sampler.startswith("flow")
+    model = Toy(objective="flow" if flow else "ddpm", learn_sigma=learned)
+    how = dict(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    times, begin = model.times(6), noise
+    with torch.no_grad():
+        if sampler.startswith("ddpm"):
+            s = D.DDPMScheduler(**how, variance_type="learned_range" if learned else "fixed_small", clip_sample=False)
+            s.set_timesteps(timesteps=times)
+        elif sampler == "ddim":  # leading: regular steps, the last of them to the picture
+            s = D.DDIMScheduler(**how, clip_sample=False, timestep_spacing="leading", set_alpha_to_one=True)
+            s.set_timesteps(6)
+            times = s.timesteps.tolist()
+        elif flow:
+            s = (D.FlowMatchEulerDiscreteScheduler if sampler == "flow euler" else D.FlowMatchHeunDiscreteScheduler)()
+            if sampler == "flow euler":
+                s.set_timesteps(sigmas=[t / 1000 for t in times])
+            else:
+                s.set_timesteps(6)
+                times = list(dict.fromkeys(s.timesteps.tolist()))
+        else:
+            s = (D.EulerDiscreteScheduler if sampler == "euler" else D.HeunDiscreteScheduler)(**how)
+            s.set_timesteps(timesteps=times) if sampler == "euler" else s.set_timesteps(timesteps=times)
+            bar = dit.alpha_bar("linear")[times[0]].item()
+            begin = noise / bar**0.5  # theirs is x / a
+        drawn = torch.Generator().manual_seed(3)
+        if sampler.startswith("ddpm"):
+            z = [torch.randn(noise.shape, generator=drawn) for _ in times]
+            pile = iter(z)
+            monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: next(pile))
+        want = follow(s, model, begin)
+        drawn.manual_seed(3)
+        got = model.sample(torch.zeros(2), noise=noise, times=times, sampler=sampler.split()[-1] if flow else sampler.split()[0], generator=drawn)
+    assert error(got, want) < 1e-4
