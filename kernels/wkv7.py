@@ -1,0 +1,376 @@
+"""
+WKV-7: RWKV-7's recurrence, a generalised delta rule, chunk by chunk with matrix products
+    Peng et al. 2025, arXiv:2503.14456v2, section 4;  the chunks as in Yang et al. 2024, arXiv:2406.06484v6, section 3
+
+    S_t = S_{t-1} diag(e^{w_t}) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t        rows of S are values, columns keys
+    (RWKV-7: a = -kappa, b = its rate times kappa, w in (-0.6065, 0))
+
+In a chunk of L tokens after the state S, with c_t = w_1 + ... + w_t and m = c_L / 2 for each channel, rows are tokens:
+    q = [a_t e^{c_{t-1} - m}; r_t e^{c_t - m}] (2L, N),   p = [k_t e^{m - c_t}; b_t e^{m - c_t}] (2L, N),   S' = S diag(e^m)
+    A = q p^T where the token of p comes before that of q (r: or is the same), else 0;   A_ab its quarter of a and b
+    [z; y] = q S'^T + A [v; u],   u = z = S_{t-1} a_t for each token, a triangular system:   u = (1 - A_ab)^{-1} (z without u)
+    S_L = (S' + [v; u]^T p) diag(e^m)
+backward, with R = dL/dS_L, R' = R diag(e^m), D = [dz; dy], where dz = (1 - A_ab)^{-T} (A_rb^T dy + p_b R'^T):
+    dA = D [v; u]^T where A is not 0,   dq = D S' + dA p,   dp = dA^T q + [v; u] R',   dv = A_.k^T D + p_k R'^T
+    dL/dS = (R' + D^T q) diag(e^m);     dr da dk db are dq and dp times the exponentials above
+    dw_t = sum_rows S_L R + sum_{s >= t} (r_s dr_s - k_s dk_s - b_s db_s) + sum_{s > t} a_s da_s      (over the chunk's tokens s)
+
+The exponents are between -c and c with c = 0.61 L / 2 at RWKV-7's smallest decay: e^4.9 for the 16 tokens of the kernels, e^9.8
+for the 32 of the plain form, whatever follows, so nothing leaves the range of any dtype, and decays of 1 lose nothing. For other
+uses w has to be above -80 / L. The inverse is built from blocks of 1, 2, 4, ... tokens, each step a product of true inverses:
+unlike a sum of powers of A_ab it does not cancel when one key comes again and again.
+
+Shapes: r, w, k, v, a, b (B, T, H, N) of one dtype, fp32, bf16 or fp16 (the definition and the plain form: fp64 too), N <= 64 in
+the kernels; initial (B, H, N, N) or None -> y (B, T, H, N) in r's dtype, final (B, H, N, N) fp32. Sums and the state are fp32.
+Saved for backward: the inputs and the state before each chunk (kernels: rounded to the inputs' dtype, as the products have
+it). A, its inverse and u are made again.
+Bytes, in bf16 at N = 64 and a token and head: 6 inputs and y are 896, which is the floor, the saved states 512: 1.6 times the
+floor forward; backward 13 tensors, 1664, and the states again: 1.3 times.
+FLOPs: 8 N^2 + 20 L N a token and head forward, 2.5 times that backward; token by token it is 9 N^2, but no matrix products.
+"""
+import os
+
+import torch
+
+# ----- dispatch (shared) -----
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on this machine: the plain-PyTorch form serves
+    triton = tl = None
+
+KERNELS = os.environ.get("KERNELS", "")  # ref | torch | triton forces one form; empty: the device decides
+
+
+def form(x):
+    """Which form of the op serves tensor x: "ref", "torch" or "triton"."""
+    if KERNELS == "triton" and triton is None:
+        raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
+    return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+# ----- end -----
+
+
+def wkv7_ref(r, w, k, v, a, b, initial=None):
+    """The definition, one token after the other; fp32 inside, fp64 for fp64."""
+    dtype = torch.promote_types(r.dtype, torch.float32)
+    B, _, H, N = r.shape
+    S = torch.zeros(B, H, N, N, dtype=dtype, device=r.device) if initial is None else initial.to(dtype)
+    y = []
+    for r_t, w_t, k_t, v_t, a_t, b_t in zip(*(x.to(dtype).unbind(1) for x in (r, w, k, v, a, b))):  # each (B, H, N)
+        u = S @ a_t[..., None]  # (B, H, N, 1)
+        S = S * w_t.exp()[:, :, None] + u * b_t[:, :, None] + v_t[..., None] * k_t[:, :, None]
+        y.append((S @ r_t[..., None])[..., 0])
+    return torch.stack(y, 1).to(r.dtype), S
+
+
+CHUNK = 32  # tokens of a chunk in the plain form
+TILES = 64  # (batch, head, chunk) that are computed at once: few enough for a core's cache, enough for two cores to share
+
+
+def groups(B, T, H):
+    """How T is cut: (first token, number of chunks, tokens of a chunk) for each group that is computed at once."""
+    n, full = max(1, TILES // (B * H)), T // CHUNK
+    parts = [(i * CHUNK, min(n, full - i), CHUNK) for i in range(0, full, n)]
+    return parts + [(full * CHUNK, 1, T % CHUNK)] if T % CHUNK else parts
+
+
+def tiles(x, t, n, L):
+    """n chunks of L tokens of x (B, T, H, N) as a view (n, B, H, L, N)."""
+    return x[:, t : t + n * L].unflatten(1, (n, L)).permute(1, 0, 3, 2, 4)
+
+
+def inverse(A):
+    """(1 - A)^{-1} of A (..., L, L), strictly lower triangular."""
+    one = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+    return torch.linalg.solve_triangular(-A, one, upper=False, unitriangular=True)
+
+
+def prepare(r, w, k, a, b):
+    """Tiles (n, B, H, L, N) -> q, p (n, BH, 2L, N), A (n, BH, 2L, 2L) and (1 - A_ab)^{-1} (n, BH, L, L); e^m (n, BH, 1, N);
+    and the factors e^{c_{t-1} - m} of a, e^{c_t - m} of r, e^{m - c_t} of k and b (n, B, H, L, N)."""
+    n, B, H, L, N = r.shape
+    c = w.cumsum(3)
+    m = c[..., -1:, :] / 2
+    up = (c - m).exp_()
+    before, down = torch.cat([(-m).exp(), up[..., :-1, :]], 3), up.reciprocal()
+    q, p = (c.new_empty(n, B, H, 2, L, N) for _ in "qp")
+    for x, factor, out in ((a, before, q[..., 0, :, :]), (r, up, q[..., 1, :, :]), (k, down, p[..., 0, :, :]), (b, down, p[..., 1, :, :])):
+        torch.mul(x, factor, out=out)
+    q, p = (x.view(n, B * H, 2 * L, N) for x in (q, p))
+    A = (q @ p.mT).mul_(past(L, q))
+    return q, p, A, inverse(A[..., :L, L:]), m.exp().view(n, B * H, 1, N), before, up, down
+
+
+def past(L, like):
+    """(2L, 2L): 1 where a token of p, k and then b, comes before one of q, a and then r; r sees its own token too."""
+    one = torch.ones(L, L, dtype=like.dtype, device=like.device)
+    return torch.cat([one.tril(-1).repeat(1, 2), one.tril().repeat(1, 2)])
+
+
+class WKV7(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, r, w, k, v, a, b, initial):
+        B, T, H, N = r.shape
+        wide = torch.promote_types(r.dtype, torch.float32)
+        S = torch.zeros(B * H, N, N, dtype=wide, device=r.device) if initial is None else initial.to(wide).view(B * H, N, N)
+        cuts, y, starts = groups(B, T, H), torch.empty_like(r, memory_format=torch.contiguous_format), []
+        with torch.autocast(r.device.type, enabled=False):
+            for t, n, L in cuts:
+                r_, w_, k_, v_, a_, b_ = (tiles(x, t, n, L).to(wide) for x in (r, w, k, v, a, b))
+                q, p, A, M, half, *_ = prepare(r_, w_, k_, a_, b_)
+                vu, start = q.new_empty(q.shape), S.new_empty(n, *S.shape)
+                vu[:, :, :L].view(v_.shape).copy_(v_)
+                zy = A[..., :L] @ vu[:, :, :L]  # (n, BH, 2L, N): z and y, so far of v alone
+                for i in range(n):
+                    start[i] = S
+                    S = S * half[i]
+                    zy[i].baddbmm_(q[i], S.mT)
+                    torch.bmm(M[i], zy[i, :, :L], out=vu[i, :, L:])
+                    S = S.baddbmm_(vu[i].mT, p[i]).mul_(half[i])
+                y_ = zy[:, :, L:] + A[:, :, L:, L:] @ vu[:, :, L:]
+                tiles(y, t, n, L).copy_(y_.view(r_.shape))
+                starts.append(start)
+        ctx.save_for_backward(r, w, k, v, a, b, *starts)
+        ctx.has_initial = initial is not None
+        ctx.set_materialize_grads(False)  # an unused final state brings no gradient
+        return y, S.view(B, H, N, N)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dfinal):
+        r, w, k, v, a, b, *starts = ctx.saved_tensors
+        (B, T, H, N), wide = r.shape, starts[0].dtype
+        dr, dw, dk, dv, da, db = grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, w, k, v, a, b)]
+        dS = starts[0].new_zeros(B * H, N, N) if dfinal is None else dfinal.reshape(B * H, N, N)
+        with torch.autocast(r.device.type, enabled=False):
+            for (t, n, L), start in reversed([*zip(groups(B, T, H), starts)]):
+                r_, w_, k_, v_, a_, b_ = (tiles(x, t, n, L).to(wide) for x in (r, w, k, v, a, b))
+                q, p, A, M, half, before, up, down = prepare(r_, w_, k_, a_, b_)
+                vu, D, dstart = q.new_empty(q.shape), q.new_empty(q.shape), torch.empty_like(start)
+                S = start * half
+                vu[:, :, :L].view(v_.shape).copy_(v_)
+                vu[:, :, L:] = M @ (q[:, :, :L] @ S.mT + A[:, :, :L, :L] @ vu[:, :, :L])
+                if dy is None:
+                    D.zero_()
+                else:
+                    D[:, :, L:].view(r_.shape).copy_(tiles(dy, t, n, L))
+                du = A[:, :, L:, L:].mT @ D[:, :, L:]  # (n, BH, L, N): so far of dy alone
+                for i in reversed(range(n)):
+                    torch.mul(dS, half[i], out=dstart[i])
+                    du[i].baddbmm_(p[i, :, L:], dstart[i].mT)
+                    torch.bmm(M[i].mT, du[i], out=D[i, :, :L])
+                    dS = torch.baddbmm(dstart[i], D[i].mT, q[i]).mul_(half[i])
+                dA = (D @ vu.mT).mul_(past(L, D))
+                dq = (D @ S).add_(dA @ p)
+                dp = vu @ dstart  # (n, BH, 2L, N): what reaches the chunk's end
+                end = (S.mul_(dstart).sum(2) + (dp * p).sum(2)).view(n, B, H, 1, N)  # sum_rows S_L R
+                dp += dA.mT @ q
+                dv_ = A[..., :L].mT @ D + p[:, :, :L] @ dstart.mT
+                rest = (dq * q - dp * p).view(n, B, H, 2, L, N).sum(3)  # r dr + a da - k dk - b db
+                dq, dp = (x.view(n, B, H, 2, L, N) for x in (dq, dp))
+                da_ = dq[:, :, :, 0] * before
+                dw_ = (rest.sum(3, keepdim=True) + end + rest).sub_(rest.cumsum(3)).addcmul_(a_, da_, value=-1)
+                for out, x in zip(grads, (dq[:, :, :, 1] * up, dw_, dp[:, :, :, 0] * down, dv_.view(r_.shape), da_, dp[:, :, :, 1] * down)):
+                    tiles(out, t, n, L).copy_(x)
+        return *grads, dS.view(B, H, N, N) if ctx.has_initial else None
+
+
+def wkv7_torch(r, w, k, v, a, b, initial=None):
+    if r.shape[1] == 1:  # generation: one step of the definition
+        return wkv7_ref(r, w, k, v, a, b, initial)
+    return WKV7.apply(r, w, k, v, a, b, initial)
+
+
+if triton is not None:
+    # One program walks through the chunks of one (batch, head) with its state in registers: nothing goes through memory but the
+    # inputs, y and, for backward, the state before each chunk. i and j are the places of two tokens in a chunk of BT. Rows past T
+    # and channels past N are loaded as zeros: a decay of 1 and nothing read or written.
+
+    @triton.jit
+    def product(x, y):
+        return tl.dot(x, y, input_precision="ieee")  # fp32: plain FMAs; 16-bit: tensor cores, sums in fp32
+
+    @triton.jit
+    def load(x, o, m):
+        return tl.load(x + o, mask=m, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def prepare_tile(r, w, k, a, b, o, m, i, j, LOG: tl.constexpr):
+        """-> q_a, q_r, p_k, p_b [BT, BN], A_ak, A_rk, A_rb, (1 - A_ab)^{-1} [BT, BT] as operands of products, e^m [1, BN], and the
+        factors of a, of r, and of k and b [BT, BN] fp32."""
+        t = r.dtype.element_ty
+        b_w = load(w, o, m)
+        c, mid = tl.cumsum(b_w, 0), tl.sum(b_w, 0, keep_dims=True) * 0.5
+        before, up, down = tl.exp(c - b_w - mid), tl.exp(c - mid), tl.exp(mid - c)
+        q_a, q_r = (load(a, o, m) * before).to(t), (load(r, o, m) * up).to(t)
+        p_k, p_b = (load(k, o, m) * down).to(t), (load(b, o, m) * down).to(t)
+        A_ak = tl.where(i > j, product(q_a, tl.trans(p_k)), 0.0).to(t)
+        A_ab = tl.where(i > j, product(q_a, tl.trans(p_b)), 0.0)
+        A_rk = tl.where(i >= j, product(q_r, tl.trans(p_k)), 0.0).to(t)
+        A_rb = tl.where(i >= j, product(q_r, tl.trans(p_b)), 0.0).to(t)
+        # M holds the inverses of the diagonal's blocks of 2^e tokens; two of them and what couples them make the next larger:
+        #   (1 - [[X, 0], [Z, Y]])^{-1} = [[M_X, 0], [M_Y Z M_X, M_Y]]
+        M = tl.where(i == j, 1.0, 0.0) + tl.where((i >> 1) == (j >> 1), A_ab, 0.0)
+        for e in tl.static_range(1, LOG):
+            between = tl.where(((i >> (e + 1)) == (j >> (e + 1))) & ((i >> e) != (j >> e)), A_ab, 0.0)
+            M += product(product(M, between), M)
+        return q_a, q_r, p_k, p_b, A_ak, A_rk, A_rb, M.to(t), tl.exp(mid), before, up, down
+
+    @triton.jit
+    def wkv7_fwd_kernel(r, w, k, v, a, b, initial, y, states, final, H, T, N: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+                        LOG: tl.constexpr):
+        i_bh = tl.program_id(0).to(tl.int64)
+        i, j, o_n = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :], tl.arange(0, BN)[None, :]
+        start = ((i_bh // H) * T * H + i_bh % H) * N
+        o_v = tl.arange(0, BN)[:, None]
+        o_s, m_s = o_v * N + o_n, (o_v < N) & (o_n < N)
+        states += i_bh * tl.cdiv(T, BT) * N * N
+        t = r.dtype.element_ty
+        if initial is None:
+            S = tl.zeros([BN, BN], tl.float32)  # rows are values, columns keys
+        else:
+            S = load(initial + i_bh * N * N, o_s, m_s)
+        for n in range(0, tl.cdiv(T, BT)):
+            o_t = n * BT + i
+            o, m = start + o_t.to(tl.int64) * H * N + o_n, (o_t < T) & (o_n < N)
+            tl.store(states + n.to(tl.int64) * N * N + o_s, S, mask=m_s)
+            q_a, q_r, p_k, p_b, A_ak, A_rk, A_rb, M, half, before, up, down = prepare_tile(r, w, k, a, b, o, m, i, j, LOG)
+            b_v = tl.load(v + o, mask=m, other=0.0)
+            S *= half
+            S_t = tl.trans(S.to(t))
+            z = product(q_a, S_t) + product(A_ak, b_v)
+            u = product(M, z.to(t)).to(t)
+            b_y = product(q_r, S_t) + product(A_rk, b_v) + product(A_rb, u)
+            tl.store(y + o, b_y, mask=m)
+            S = (S + product(tl.trans(b_v), p_k) + product(tl.trans(u), p_b)) * half
+        tl.store(final + i_bh * N * N + o_s, S, mask=m_s)
+
+    # The names are the header's: R = dL/dS at the chunk's end, R_ = R diag(e^m), D = [dz; dy], dA = D [v; u]^T where A is not 0.
+
+    @triton.jit
+    def wkv7_bwd_kernel(r, w, k, v, a, b, states, dy, dfinal, dr, dw, dk, dv, da, db, dinitial, H, T, N: tl.constexpr,
+                        BN: tl.constexpr, BT: tl.constexpr, LOG: tl.constexpr):
+        i_bh = tl.program_id(0).to(tl.int64)
+        i, j, o_n = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :], tl.arange(0, BN)[None, :]
+        start = ((i_bh // H) * T * H + i_bh % H) * N
+        o_v = tl.arange(0, BN)[:, None]
+        o_s, m_s = o_v * N + o_n, (o_v < N) & (o_n < N)
+        n_t = tl.cdiv(T, BT)
+        states += i_bh * n_t * N * N
+        t = r.dtype.element_ty
+        if dfinal is None:
+            R = tl.zeros([BN, BN], tl.float32)
+        else:
+            R = load(dfinal + i_bh * N * N, o_s, m_s)
+        for n in range(0, n_t):
+            o_t = (n_t - 1 - n) * BT + i
+            o, m = start + o_t.to(tl.int64) * H * N + o_n, (o_t < T) & (o_n < N)
+            q_a, q_r, p_k, p_b, A_ak, A_rk, A_rb, M, half, before, up, down = prepare_tile(r, w, k, a, b, o, m, i, j, LOG)
+            b_v, b_dy = tl.load(v + o, mask=m, other=0.0), tl.load(dy + o, mask=m, other=0.0)
+            S = load(states + (n_t - 1 - n).to(tl.int64) * N * N, o_s, m_s) * half
+            R *= half
+            mid = tl.sum(S * R, 0, keep_dims=True)  # [1, BN], for dw
+            S_, R_ = S.to(t), R.to(t)
+            u = product(M, (product(q_a, tl.trans(S_)) + product(A_ak, b_v)).to(t)).to(t)
+            du = product(tl.trans(A_rb), b_dy) + product(p_b, tl.trans(R_))
+            dz = product(tl.trans(M), du.to(t)).to(t)
+            b_dv = product(tl.trans(A_ak), dz) + product(tl.trans(A_rk), b_dy) + product(p_k, tl.trans(R_))
+            tl.store(dv + o, b_dv, mask=m)
+            dA_ak = tl.where(i > j, product(dz, tl.trans(b_v)), 0.0).to(t)
+            dA_ab = tl.where(i > j, product(dz, tl.trans(u)), 0.0).to(t)
+            dA_rk = tl.where(i >= j, product(b_dy, tl.trans(b_v)), 0.0).to(t)
+            dA_rb = tl.where(i >= j, product(b_dy, tl.trans(u)), 0.0).to(t)
+            dq = product(b_dy, S_) + product(dA_rk, p_k) + product(dA_rb, p_b)
+            tl.store(dr + o, dq * up, mask=m)
+            rest = dq * q_r
+            dq = product(dz, S_) + product(dA_ak, p_k) + product(dA_ab, p_b)
+            tl.store(da + o, dq * before, mask=m)
+            a_da = dq * q_a
+            rest += a_da
+            dp = product(b_v, R_)
+            mid += tl.sum(dp * p_k, 0, keep_dims=True)
+            dp += product(tl.trans(dA_ak), q_a) + product(tl.trans(dA_rk), q_r)
+            tl.store(dk + o, dp * down, mask=m)
+            rest -= dp * p_k
+            dp = product(u, R_)
+            mid += tl.sum(dp * p_b, 0, keep_dims=True)
+            dp += product(tl.trans(dA_ab), q_a) + product(tl.trans(dA_rb), q_r)
+            tl.store(db + o, dp * down, mask=m)
+            rest -= dp * p_b
+            tl.store(dw + o, mid + tl.sum(rest, 0, keep_dims=True) - tl.cumsum(rest, 0) + rest - a_da, mask=m)
+            R = (R + product(tl.trans(b_dy), q_r) + product(tl.trans(dz), q_a)) * half
+        if dinitial is not None:
+            tl.store(dinitial + i_bh * N * N + o_s, R, mask=m_s)
+
+    TILE = 16  # tokens of a chunk in the kernels
+
+    def config(N):
+        return dict(N=N, BN=max(16, triton.next_power_of_2(N)), BT=TILE, LOG=TILE.bit_length() - 1, num_warps=4, num_stages=1)
+
+    @torch.library.custom_op("kernels::wkv7", mutates_args=())
+    def wkv7_op(r: torch.Tensor, w: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
+                initial: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> y, final, and the states before each chunk (B, H, chunks, N, N) for backward."""
+        B, T, H, N = r.shape
+        y, final = r.new_empty(r.shape), r.new_empty(B, H, N, N, dtype=torch.float32)
+        states = r.new_empty(B, H, triton.cdiv(T, TILE), N, N)
+        wkv7_fwd_kernel[(B * H,)](*(x.contiguous() for x in (r, w, k, v, a, b)), None if initial is None else initial.contiguous(),
+                                  y, states, final, H, T, **config(N))
+        return y, final, states
+
+    @wkv7_op.register_fake
+    def _(r, w, k, v, a, b, initial):
+        B, T, H, N = r.shape
+        final = r.new_empty(B, H, N, N, dtype=torch.float32)
+        return r.new_empty(r.shape), final, r.new_empty(B, H, (T + TILE - 1) // TILE, N, N)
+
+    @torch.library.custom_op("kernels::wkv7_bwd", mutates_args=())
+    def wkv7_bwd_op(dy: torch.Tensor, dfinal: torch.Tensor | None, r: torch.Tensor, w: torch.Tensor, k: torch.Tensor,
+                    v: torch.Tensor, a: torch.Tensor, b: torch.Tensor, states: torch.Tensor, initial: bool
+                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> dr, dw, dk, dv, da, db, dinitial (empty without initial)."""
+        B, T, H, N = r.shape
+        grads = [r.new_empty(r.shape) for _ in range(6)]
+        dinitial = r.new_empty((B, H, N, N) if initial else 0, dtype=torch.float32)
+        wkv7_bwd_kernel[(B * H,)](*(x.contiguous() for x in (r, w, k, v, a, b)), states, dy.contiguous(),
+                                  None if dfinal is None else dfinal.contiguous(), *grads, dinitial if initial else None,
+                                  H, T, **config(N))
+        return *grads, dinitial
+
+    @wkv7_bwd_op.register_fake
+    def _(dy, dfinal, r, w, k, v, a, b, states, initial):
+        B, T, H, N = r.shape
+        dinitial = r.new_empty((B, H, N, N) if initial else 0, dtype=torch.float32)
+        return *(r.new_empty(r.shape) for _ in range(6)), dinitial
+
+    def save_for_backward(ctx, inputs, output):
+        *tensors, initial = inputs
+        ctx.save_for_backward(*tensors, output[2])
+        ctx.initial = initial is not None and initial.dtype
+        ctx.set_materialize_grads(False)  # an unused final brings no gradient: not a tensor of zeros to read
+
+    def wkv7_backward(ctx, dy, dfinal, _):
+        r, *_ = ctx.saved_tensors
+        *grads, dinitial = wkv7_bwd_op(torch.zeros_like(r) if dy is None else dy, dfinal, *ctx.saved_tensors, bool(ctx.initial))
+        return *grads, dinitial.to(ctx.initial) if ctx.initial else None
+
+    wkv7_op.register_autograd(wkv7_backward, setup_context=save_for_backward)
+
+    def wkv7_triton(r, w, k, v, a, b, initial=None):
+        if r.dtype not in (torch.float32, torch.bfloat16, torch.float16) or r.shape[3] > 64:
+            raise ValueError(f"wkv7: {r.dtype}, N {r.shape[3]}; expected float32, bfloat16 or float16, and N <= 64")
+        return wkv7_op(r, w, k, v, a, b, initial)[:2]
+
+
+def wkv7(r, w, k, v, a, b, initial=None):
+    """r, w, k, v, a, b (B, T, H, N), initial (B, H, N, N) or None: the state before the first token -> y (B, T, H, N) in r's
+    dtype, final (B, H, N, N) fp32: the state after the last. T >= 1. ValueError: shapes or dtypes that do not fit; on a GPU
+    also N > 64."""
+    B, T, H, N = r.shape
+    if any(x.shape != r.shape or x.dtype != r.dtype for x in (w, k, v, a, b)) or not T or (
+            initial is not None and initial.shape != (B, H, N, N)):
+        given = [(tuple(x.shape), x.dtype) for x in (r, w, k, v, a, b, initial) if x is not None]
+        raise ValueError(f"wkv7: {given}; expected six of (B, T, H, N) in one dtype, T >= 1, and initial (B, H, N, N)")
+    which = form(r)
+    op = wkv7_triton if which == "triton" else wkv7_ref if which == "ref" else wkv7_torch
+    return op(r, w, k, v, a, b, initial)
