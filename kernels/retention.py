@@ -71,76 +71,100 @@ def gated_norm_ref(o, z, eps=1e-6):
     return (g * g.sigmoid() * h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).to(o.dtype)
 
 
-CHUNK = 128  # of the plain form: its products and the (B, K, V) state stay in a core's cache at usual sizes
+CHUNK = 128  # of the plain form, at most
 
 
-def decays(a, c, like):
-    """For one head's a: exp(a (i - j)) where i >= j, else 0 (c, c); exp(a (i + 1)) and exp(a (c - 1 - j)) (c, 1); exp(a c)."""
-    i = torch.arange(c, device=a.device)[:, None]
-    inside = torch.exp(a * (i - i.T).clamp(min=0)).tril()
-    return inside.to(like), torch.exp(a * (i + 1)).to(like), torch.exp(a * (c - 1 - i)).to(like), torch.exp(a * c).item()
+def chunks(x, n, c):
+    """x (b, T, H, D) -> (n, b, H, c, D) in one piece, zeros after the end: batches of matrices as BLAS likes them."""
+    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, n * c - x.shape[1]))
+    return x.unflatten(1, (n, c)).permute(1, 0, 3, 2, 4).contiguous()
+
+
+def unchunk(x, out):
+    """The inverse, into out (b, n c, H, D)."""
+    n, _, _, c, _ = x.shape
+    out.unflatten(1, (n, c)).copy_(x.permute(1, 0, 3, 2, 4))
+
+
+def decays(a, n, c, T, dtype):
+    """a (H,) -> exp(a (i - j)) for i >= j, else 0 (H, c, c); exp(a (i + 1)) (H, c, 1); and for each of the n chunks of l = c tokens, of
+    which the last may have fewer, exp(a (l - 1 - j)) (n, 1, H, c, 1) and exp(a l) (n, 1, H, 1, 1)."""
+    i, a = torch.arange(c, device=a.device), a[:, None, None]
+    left = (T - c * torch.arange(n, device=a.device)).clamp(max=c)[:, None, None, None, None]  # l
+    inside, before = torch.exp(a * (i[:, None] - i).clamp(min=0)).tril(), torch.exp(a * (i + 1)[:, None])
+    after, whole = torch.exp(a * (left - 1 - i[:, None]).clamp(min=0)), torch.exp(a * left)
+    return inside.to(dtype), before.to(dtype), after.to(dtype), whole
 
 
 class Retention(torch.autograd.Function):
-    """Head by head, so that a decay is a number and no product needs a copy: q[:, t, h] is a batch (B, c, K) with strides.
-    Saved for backward: the inputs and the state before each chunk; A and B are made again."""
+    """Some sequences at a time, so that their A fits a core's cache, all chunks of theirs in one batch of products; only the states
+    go from chunk to chunk. Saved for backward: the inputs and the states between chunks."""
+
+    @staticmethod
+    def sizes(q):
+        """-> chunks n, their length c, sequences at a time"""
+        _, T, H, _ = q.shape
+        n = -(-T // CHUNK)
+        c = -(-T // n)
+        return n, c, max(1, 2**18 // (n * H * c * c))
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, initial):
-        (B, T, H, K), V = q.shape, v.shape[3]
+        (B, T, H, K), V, (n, c, some) = q.shape, v.shape[3], Retention.sizes(q)
         wide = torch.promote_types(v.dtype, torch.float32)
-        o, final = v.new_empty(B, T, H, V), v.new_empty(B, H, K, V, dtype=wide)
-        states = v.new_empty((T - 1) // CHUNK, H, B, K, V, dtype=wide)  # the one before the first chunk is `initial`
-        for h, a in enumerate(log_decay.to(wide).unbind()):
-            S, c = None if initial is None else initial[:, h], 0
-            for i, t in enumerate(range(0, T, CHUNK)):
-                q_c, k_c, v_c, o_c = (x[:, t : t + CHUNK, h] for x in (q, k, v, o))  # (B, c, K or V)
-                if q_c.shape[1] != c:  # the first chunk, and the last if it is shorter
-                    c = q_c.shape[1]
-                    inside, before, after, whole = decays(a, c, v.dtype)
-                torch.bmm(torch.bmm(q_c, k_c.mT).mul_(inside), v_c, out=o_c)
-                kv = torch.bmm((k_c * after).mT, v_c)  # (B, K, V)
-                new = states[i, h] if t + c < T else final[:, h]
-                if S is None:
-                    new.copy_(kv)
-                else:
-                    o_c.baddbmm_(q_c * before, S.to(v.dtype))
-                    torch.add(kv, S, alpha=whole, out=new)
-                S = new
+        inside, before, after, whole = decays(log_decay.to(wide), n, c, T, v.dtype)
+        o, final = v.new_empty(B, n * c, H, V), v.new_empty(B, H, K, V, dtype=wide)
+        states = v.new_empty(n - 1, B, H, K, V, dtype=wide)  # the one before the first chunk is `initial`
+        for b in (slice(i, i + some) for i in range(0, B, some)):
+            q_c, k_c, v_c = (chunks(x[b], n, c) for x in (q, k, v))  # (n, b, H, c, K or V)
+            o_c = (q_c @ k_c.mT).mul_(inside) @ v_c
+            S = ((k_c * after).mT @ v_c).to(wide)  # (n, b, H, K, V): of each chunk alone; then what it leaves
+            if initial is not None:
+                S[0].addcmul_(whole[0], initial[b].to(wide))
+                o_c[0] += (q_c[0] * before) @ initial[b].to(v.dtype)
+            for i in range(1, n):
+                S[i].addcmul_(whole[i], S[i - 1])
+            if n > 1:
+                o_c[1:] += (q_c[1:] * before) @ S[:-1].to(v.dtype)
+            unchunk(o_c, o[b])
+            states[:, b], final[b] = S[:-1], S[-1]
         ctx.save_for_backward(q, k, v, log_decay, initial, states)
         ctx.set_materialize_grads(False)  # an unused final brings no gradient
-        return o, final
+        return o[:, :T], final
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dfinal):
         q, k, v, log_decay, initial, states = ctx.saved_tensors
-        T = q.shape[1]
-        do = torch.zeros_like(v) if do is None else do if do.stride(3) == 1 else do.contiguous()
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        (B, T, H, _), (n, c, some), wide = q.shape, Retention.sizes(q), states.dtype
+        inside, before, after, whole = decays(log_decay.to(wide), n, c, T, v.dtype)
+        do = torch.zeros_like(v) if do is None else do
+        dq, dk, dv = (x.new_empty(B, n * c, H, x.shape[3]) for x in (q, k, v))
         dinitial = None if initial is None else torch.empty_like(initial)
-        for h, a in enumerate(log_decay.to(states.dtype).unbind()):
-            R, c = None if dfinal is None else dfinal[:, h], 0
-            for i, t in reversed([*enumerate(range(0, T, CHUNK))]):
-                q_c, k_c, v_c, do_c, dq_c, dk_c, dv_c = (x[:, t : t + CHUNK, h] for x in (q, k, v, do, dq, dk, dv))
-                if q_c.shape[1] != c:
-                    c = q_c.shape[1]
-                    inside, before, after, whole = decays(a, c, v.dtype)
-                S = states[i - 1, h] if i else None if initial is None else initial[:, h]
-                A, D = torch.bmm(q_c, k_c.mT).mul_(inside), torch.bmm(do_c, v_c.mT).mul_(inside)  # (B, c, c); D: the B above
-                torch.bmm(D, k_c, out=dq_c)
-                torch.bmm(D.mT, q_c, out=dk_c)
-                torch.bmm(A.mT, do_c, out=dv_c)
-                if R is not None:
-                    dk_c.baddbmm_(v_c * after, R.to(v.dtype).mT)
-                    dv_c.baddbmm_(k_c * after, R.to(v.dtype))
-                if S is not None:
-                    dq_c.baddbmm_(do_c * before, S.to(v.dtype).mT)
-                    qdo = torch.bmm((q_c * before).mT, do_c).to(S.dtype)  # (B, K, V)
-                    R = qdo if R is None else qdo.add_(R, alpha=whole)
+        for b in (slice(i, i + some) for i in range(0, B, some)):
+            q_c, k_c, v_c, do_c = (chunks(x[b], n, c) for x in (q, k, v, do))
+            D = (do_c @ v_c.mT).mul_(inside)  # the B above
+            dq_c, dk_c = D @ k_c, D.mT @ q_c
+            dv_c = (q_c @ k_c.mT).mul_(inside).mT @ do_c
+            if n > 1 or initial is not None:
+                R = ((q_c * before).mT @ do_c).to(wide)  # (n, b, H, K, V): dL/dS of the state before each chunk, by its o; then in all
+            if dfinal is not None:
+                dk_c[-1] += (v_c[-1] * after[-1]) @ dfinal[b].to(v.dtype).mT
+                dv_c[-1] += (k_c[-1] * after[-1]) @ dfinal[b].to(v.dtype)
+                if n > 1 or initial is not None:
+                    R[-1].addcmul_(whole[-1], dfinal[b].to(wide))
+            if n > 1:
+                for i in range(n - 2, -1, -1):
+                    R[i].addcmul_(whole[i], R[i + 1])
+                dk_c[:-1] += (v_c * after)[:-1] @ R[1:].to(v.dtype).mT
+                dv_c[:-1] += (k_c * after)[:-1] @ R[1:].to(v.dtype)
+                dq_c[1:] += (do_c[1:] * before) @ states[:, b].to(v.dtype).mT
             if initial is not None:
-                dinitial[:, h] = R
-        return dq, dk, dv, None, dinitial
+                dq_c[0] += (do_c[0] * before) @ initial[b].to(v.dtype).mT
+                dinitial[b] = R[0]
+            for x, out in ((dq_c, dq), (dk_c, dk), (dv_c, dv)):
+                unchunk(x, out[b])
+        return dq[:, :T], dk[:, :T], dv[:, :T], None, dinitial
 
 
 def retention_torch(q, k, v, log_decay, initial=None):
