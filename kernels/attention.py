@@ -95,8 +95,7 @@ if triton is not None:
 
     @triton.jit
     def attention_fwd_kernel(q, k, v, o, lse, sq, sk, sv, so, H, G, Tq, Tk, scale,
-                             CAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                             BM: tl.constexpr, BN: tl.constexpr):
+                             CAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
         n_m = tl.cdiv(Tq, BM)
         i_m = n_m - 1 - tl.program_id(0) % n_m
         i_bh = (tl.program_id(0) // n_m).to(tl.int64)  # int64: so is every offset of more than a block
@@ -105,22 +104,22 @@ if triton is not None:
         k += i_b * sk[0] + i_h // G * sk[1]
         v += i_b * sv[0] + i_h // G * sv[1]
         o += i_b * so[0] + i_h * so[1]
-        o_m, o_n, o_d = i_m * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)[None, :]
-        m_m, m_d = o_m < Tq, o_d < D
+        o_m, o_n, o_d = i_m * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)[None, :]
+        m_m = o_m < Tq
         o_k, o_v = o_n[:, None] * sk[2] + o_d, o_n[:, None] * sv[2] + o_d
-        b_q = tl.load(q + o_m.to(tl.int64)[:, None] * sq[2] + o_d, mask=m_m[:, None] & m_d, other=0.0)  # [BM, BD]
+        b_q = tl.load(q + o_m.to(tl.int64)[:, None] * sq[2] + o_d, mask=m_m[:, None], other=0.0)  # [BM, D]
 
-        b_o = tl.zeros([BM, BD], tl.float32)  # sum of p v, with p = exp2(s - max) so far
+        b_o = tl.zeros([BM, D], tl.float32)  # sum of p v, with p = exp2(s - max) so far
         b_l = tl.zeros([BM], tl.float32)  # sum of p
         b_max = tl.full([BM], float("-inf"), tl.float32)
         whole, end = keys_seen(i_m, Tq, Tk, CAUSAL, BM, BN)
         for MASKED in tl.static_range(2):
             for n in range(whole if MASKED else 0, end if MASKED else whole, BN):
                 m_n = n + o_n < Tk
-                m_kv = m_n[:, None] & m_d if MASKED else m_d
+                m_kv = m_n[:, None] if MASKED else True
                 n64 = tl.cast(n, tl.int64)
-                b_k = tl.load(k + n64 * sk[2] + o_k, mask=m_kv, other=0.0)  # [BN, BD]
-                b_v = tl.load(v + n64 * sv[2] + o_v, mask=m_kv, other=0.0)  # [BN, BD]
+                b_k = tl.load(k + n64 * sk[2] + o_k, mask=m_kv, other=0.0)  # [BN, D]
+                b_v = tl.load(v + n64 * sv[2] + o_v, mask=m_kv, other=0.0)  # [BN, D]
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
                 if CAP > 0:
                     b_s = tanh(b_s * (scale / CAP)) * (CAP * LOG2E)
@@ -135,7 +134,7 @@ if triton is not None:
                 b_l = b_l * b_shrink + tl.sum(b_p, 1)
                 b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_shrink[:, None], input_precision="ieee")
                 b_max = b_new
-        tl.store(o + o_m.to(tl.int64)[:, None] * so[2] + o_d, b_o / b_l[:, None], mask=m_m[:, None] & m_d)
+        tl.store(o + o_m.to(tl.int64)[:, None] * so[2] + o_d, b_o / b_l[:, None], mask=m_m[:, None])
         tl.store(lse + i_bh * Tq + o_m, b_max + tl.log2(b_l), mask=m_m)
 
     # With L = sum_i do_i . o_i:  dL/dp_ij = do_i . v_j = dp_ij, and the softmax's Jacobian gives
@@ -144,8 +143,7 @@ if triton is not None:
 
     @triton.jit
     def attention_bwd_dq_kernel(q, k, v, o, do, lse, delta, dq, sq, sk, sv, so, H, G, Tq, Tk, scale,
-                                CAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                             BM: tl.constexpr, BN: tl.constexpr):
+                                CAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
         """dq and delta of a block of queries; do, o and dq have the strides so."""
         n_m = tl.cdiv(Tq, BM)
         i_m = n_m - 1 - tl.program_id(0) % n_m
@@ -154,26 +152,26 @@ if triton is not None:
         q += i_b * sq[0] + i_h * sq[1]
         k += i_b * sk[0] + i_h // G * sk[1]
         v += i_b * sv[0] + i_h // G * sv[1]
-        o_m, o_n, o_d = i_m * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)[None, :]
-        m_m, m_d = o_m < Tq, o_d < D
+        o_m, o_n, o_d = i_m * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)[None, :]
+        m_m = o_m < Tq
         o_k, o_v = o_n[:, None] * sk[2] + o_d, o_n[:, None] * sv[2] + o_d
-        m_q = m_m[:, None] & m_d
+        m_q = m_m[:, None]
         o_o = i_b * so[0] + i_h * so[1] + o_m.to(tl.int64)[:, None] * so[2] + o_d
-        b_do = tl.load(do + o_o, mask=m_q, other=0.0)  # [BM, BD]
+        b_do = tl.load(do + o_o, mask=m_q, other=0.0)  # [BM, D]
         b_delta = tl.sum(b_do.to(tl.float32) * tl.load(o + o_o, mask=m_q, other=0.0).to(tl.float32), 1)
         tl.store(delta + i_bh * Tq + o_m, b_delta, mask=m_m)
         b_lse = tl.load(lse + i_bh * Tq + o_m, mask=m_m, other=float("inf"))  # inf: p = 0 past the end
         b_q = tl.load(q + o_m.to(tl.int64)[:, None] * sq[2] + o_d, mask=m_q, other=0.0)
 
-        b_dq = tl.zeros([BM, BD], tl.float32)
+        b_dq = tl.zeros([BM, D], tl.float32)
         whole, end = keys_seen(i_m, Tq, Tk, CAUSAL, BM, BN)
         for MASKED in tl.static_range(2):
             for n in range(whole if MASKED else 0, end if MASKED else whole, BN):
                 m_n = n + o_n < Tk
-                m_kv = m_n[:, None] & m_d if MASKED else m_d
+                m_kv = m_n[:, None] if MASKED else True
                 n64 = tl.cast(n, tl.int64)
-                b_k = tl.load(k + n64 * sk[2] + o_k, mask=m_kv, other=0.0)  # [BN, BD]
-                b_v = tl.load(v + n64 * sv[2] + o_v, mask=m_kv, other=0.0)  # [BN, BD]
+                b_k = tl.load(k + n64 * sk[2] + o_k, mask=m_kv, other=0.0)  # [BN, D]
+                b_v = tl.load(v + n64 * sv[2] + o_v, mask=m_kv, other=0.0)  # [BN, D]
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
                 if CAP > 0:
                     b_tanh = tanh(b_s * (scale / CAP))
@@ -192,23 +190,21 @@ if triton is not None:
 
     @triton.jit
     def attention_bwd_dkv_kernel(q, k, v, do, lse, delta, dk, dv, sq, sk, sv, so, sdk, Hkv, G, Tq, Tk, scale,
-                                 CAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-                             BM: tl.constexpr, BN: tl.constexpr):
+                                 CAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
         """dk and dv of a block of keys, summed over the G query heads that read it. Keys are the rows of products."""
         n_n = tl.cdiv(Tk, BN)
         i_n = tl.program_id(0) % n_n
         i_bh = (tl.program_id(0) // n_n).to(tl.int64)
         i_b, i_h = i_bh // Hkv, i_bh % Hkv
-        o_m, o_n, o_d = tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, BD)[None, :]
-        m_d = o_d < D
+        o_m, o_n, o_d = tl.arange(0, BM), i_n * BN + tl.arange(0, BN), tl.arange(0, D)[None, :]
         o_q, o_do = o_m[:, None] * sq[2] + o_d, o_m[:, None] * so[2] + o_d
-        m_kv = (o_n < Tk)[:, None] & m_d
+        m_kv = (o_n < Tk)[:, None]
         o_n64 = o_n.to(tl.int64)[:, None]
-        b_k = tl.load(k + i_b * sk[0] + i_h * sk[1] + o_n64 * sk[2] + o_d, mask=m_kv, other=0.0)  # [BN, BD]
-        b_v = tl.load(v + i_b * sv[0] + i_h * sv[1] + o_n64 * sv[2] + o_d, mask=m_kv, other=0.0)  # [BN, BD]
+        b_k = tl.load(k + i_b * sk[0] + i_h * sk[1] + o_n64 * sk[2] + o_d, mask=m_kv, other=0.0)  # [BN, D]
+        b_v = tl.load(v + i_b * sv[0] + i_h * sv[1] + o_n64 * sv[2] + o_d, mask=m_kv, other=0.0)  # [BN, D]
 
-        b_dk = tl.zeros([BN, BD], tl.float32)
-        b_dv = tl.zeros([BN, BD], tl.float32)
+        b_dk = tl.zeros([BN, D], tl.float32)
+        b_dv = tl.zeros([BN, D], tl.float32)
         start, whole = 0, 0  # queries from start on see a key of this block, those from whole on see all of them
         if CAUSAL:
             start = tl.maximum(i_n * BN - (Tk - Tq), 0) // BM * BM
@@ -220,10 +216,10 @@ if triton is not None:
             for WHOLE in tl.static_range(0 if CAUSAL else 1, 2):
                 for m in range(whole if WHOLE else start, Tq if WHOLE else whole, BM):
                     m_m = m + o_m < Tq
-                    m_q = m_m[:, None] & m_d
+                    m_q = m_m[:, None]
                     m64 = tl.cast(m, tl.int64)
-                    b_q = tl.load(p_q + m64 * sq[2] + o_q, mask=m_q, other=0.0)  # [BM, BD]
-                    b_do = tl.load(p_do + m64 * so[2] + o_do, mask=m_q, other=0.0)  # [BM, BD]
+                    b_q = tl.load(p_q + m64 * sq[2] + o_q, mask=m_q, other=0.0)  # [BM, D]
+                    b_do = tl.load(p_do + m64 * so[2] + o_do, mask=m_q, other=0.0)  # [BM, D]
                     b_lse = tl.load(lse + i_row + m + o_m, mask=m_m, other=float("inf"))  # inf: p = 0 past the end
                     b_delta = tl.load(delta + i_row + m + o_m, mask=m_m, other=0.0)
                     b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
@@ -259,7 +255,7 @@ if triton is not None:
         BM, BN, warps, stages = TILES[kernel][2 * (q.dtype == torch.float32) + (D > 64)]
         if kernel == "fwd" and q.shape[2] <= 16:  # decoding
             BM, warps = 16, 4
-        return dict(D=D, BD=max(32, triton.next_power_of_2(D)), BM=BM, BN=BN, num_warps=warps, num_stages=stages)
+        return dict(D=D, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
 
     def empty(x):
         """Like x (B, H, T, D), as a view of a contiguous (B, T, H, D)."""

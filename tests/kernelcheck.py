@@ -560,9 +560,12 @@ def child(module, function, args, targets, path):
     """The compiling process: captures what module.function(*args) launches, compiles it in two processes."""
     capture()
     getattr(importlib.import_module(module), function)(*args)
-    in_bf16 = {launch.fn for launch in captured.values() if "bf16" in launch.spec}
+    elsewhere = {}  # kernel -> its first 16-bit launch, or its first
+    for key, launch in sorted(captured.items(), key=lambda item: "bf16" not in item[1].spec):
+        elsewhere.setdefault(launch.fn, key)
+    everything = bool(os.environ.get("EVERY_TARGET"))
     jobs = [(key, arch) for arch in targets for key, launch in captured.items()
-            if arch == 89 or "bf16" in launch.spec or launch.fn not in in_bf16]
+            if arch == 89 or everything or elsewhere[launch.fn] == key]
     with multiprocessing.get_context("fork").Pool(2) as pool:
         rows = pool.map(compile_job, jobs, chunksize=1)
     with open(path, "w") as f:
@@ -570,8 +573,8 @@ def child(module, function, args, targets, path):
 
 
 def compiled(module, function, targets=TARGETS, args=()):
-    """Launch.compile's rows for all that tests/<module>.py's function(*args) launches on sm_89; for other targets only
-    the bf16 launches of a kernel, if it has any: what changes with the dtype shows on one target."""
+    """Launch.compile's rows for all that tests/<module>.py's function(*args) launches on sm_89; for other targets one launch
+    of each kernel, in bf16 if it has one, or all of them with EVERY_TARGET=1 in the environment (several times as long)."""
     here = os.path.dirname(os.path.abspath(__file__))
     env = dict(os.environ, KERNELS="triton", OMP_NUM_THREADS="1", TRITON_DEFAULT_FP_FUSION="1",
                PYTHONPATH=os.pathsep.join([os.path.dirname(here), here, os.environ.get("PYTHONPATH", "")]))
