@@ -173,7 +173,7 @@ PRESETS = {
     "cpu": dict(init="tiny", batch=8, steps=150, lr=2e-3),  # a tiny base is trained first, for about a minute
     "gpu": dict(batch=4, accum=4, seq=1024, steps=1000, optim="adamw8bit", init="tiny"),  # a 3B in bf16, a 7B with --method qlora, on 12 GB
     # the tiny base: the whole model from random numbers, on the source of Python's own library
-    "base": dict(method="full", layers=4, heads=4, kv_heads=2, dim=128, ffn=344, positions=512, data="stdlib", tok="byte", seq=256, batch=8,
+    "base": dict(method="full", layers=4, heads=4, kv_heads=2, dim=128, ffn=344, data="stdlib", tok="byte", seq=256, batch=8,
                  steps=400, lr=1e-2, wd=0.1, beta2=0.95, optim="muon", eval_every=400, tokens=100),
 }  # fmt: skip
 
@@ -216,13 +216,12 @@ class Linear(nn.Module):
         return self.weight.shape if self.nf4 is None else self.nf4["shape"]
 
     def forward(self, x):
-        y = F.linear(x, self.weight.to(x.dtype)) if self.nf4 is None else nf4_linear(x, self.nf4)  # (B, T, out)
-        if self.lora_A is None:
-            return y
-        h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.weight.to(x.dtype))  # (B, T, r)
-        # y + s h B^T as the product's own sum: no second (B, T, out) is made
-        B = self.lora_B.weight.to(h.dtype)
-        return y.flatten(0, 1).addmm_(h.flatten(0, 1), B.t(), alpha=self.scale).view(y.shape)
+        rows = x.flatten(0, -2)  # (N, in), and y (N, out) is no view: a sum into a view would be copied in backward
+        y = F.linear(rows, self.weight.to(x.dtype)) if self.nf4 is None else nf4_linear(rows, self.nf4)
+        if self.lora_A is not None:
+            h = F.linear(F.dropout(rows, self.dropout, self.training), self.lora_A.weight.to(x.dtype))  # (N, r)
+            y.addmm_(h, self.lora_B.weight.to(h.dtype).t(), alpha=self.scale)  # no second (N, out) is made
+        return y.view(*x.shape[:-1], -1)
 
 
 def frequencies(cfg):
@@ -359,7 +358,7 @@ class Model(nn.Module):
             own = (targets != -1).sum()
             dist.all_reduce(total := own.clone())
             share = own * self.world / total.clamp(min=1)
-        if x.device.type == "cpu":  # questions are not in the loss: no logits for them (a GPU would have to wait for their number)
+        if not x.is_cuda and targets.min().item() < 0:  # questions are not in the loss: no logits for them (a GPU would have to wait for their number)
             x, targets = x[targets != -1], targets[targets != -1]
         return linear_cross_entropy(x, self.head(), targets) * share
 
