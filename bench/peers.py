@@ -163,6 +163,14 @@ def transformers_bitnet(size, peers):
     return lambda x, y: mean_loss(model(x).logits, y), adamw(model)
 
 
+def bitnet_twin(size, peers):
+    """bitnet.py --bits 16: the same model without rounding, which says what ternary training costs."""
+    m = load(Path(__file__).parent.parent / "bitnet.py", "bitnet_twin")
+    cfg = m.Config(**{k: v for k, v in size.items() if k in m.NAMES} | dict(bits=16))
+    model = m.Model(cfg)
+    return lambda x, y: model(x, y), m.make_optimizers(model, cfg)[0]
+
+
 def transformers_mixtral(size, peers):
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -173,14 +181,41 @@ def transformers_mixtral(size, peers):
     return lambda x, y: mean_loss(model(x).logits, y), adamw(model)
 
 
+# ---------------------------------------------------------------- dit.py: a batch is (x_0, labels, uniform numbers, noise)
+def meta_dit(size, peers):
+    """Its own model and training loss; timm's three modules as tests/official_dit.py has them."""
+    models, diffusion = load(Path(__file__).parent.parent / "tests" / "official_dit.py", "official_dit").official(Path(peers) / "DiT")
+    model = models.DiT(input_size=size["size"], patch_size=size["patch"], in_channels=size["channels"], hidden_size=size["dim"], depth=size["layers"],
+                       num_heads=size["heads"], num_classes=size["classes"], learn_sigma=False)  # fmt: skip
+    process = diffusion.create_diffusion("", learn_sigma=False)
+    loss = lambda x0, y, u, noise: process.training_losses(model, x0, (1000 * u[:, 0]).long(), dict(y=y), noise)["loss"].mean()
+    return loss, torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
+
+
+def diffusers_dit(size, peers):
+    from diffusers import DDPMScheduler, DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(num_attention_heads=size["heads"], attention_head_dim=size["dim"] // size["heads"], in_channels=size["channels"],
+                                  out_channels=size["channels"], num_layers=size["layers"], sample_size=size["size"], patch_size=size["patch"],
+                                  num_embeds_ada_norm=size["classes"])  # fmt: skip
+    process = DDPMScheduler(1000, 1e-4, 0.02)
+
+    def loss(x0, y, u, noise):
+        t = (1000 * u[:, 0]).long()
+        return F.mse_loss(model(process.add_noise(x0, noise, t), t, class_labels=y).sample, noise)
+
+    return loss, torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
+
+
 PEERS = {
     "gpt2.py": {"nanoGPT": nanogpt, "minGPT": mingpt, "transformers": transformers_gpt2},
     "mamba.py": {"mambapy": mambapy, "transformers": transformers_mamba},
     "mamba.py --version 2": {"transformers": transformers_mamba2},
     "rwkv.py": {"RWKV-LM with fla's recurrence": rwkv_lm},
     "retnet.py": {"torchscale": torchscale},
-    "bitnet.py": {"transformers BitNet": transformers_bitnet, "transformers Llama": transformers_llama},
+    "bitnet.py": {"transformers BitNet": transformers_bitnet, "transformers Llama": transformers_llama, "bitnet.py --bits 16": bitnet_twin},
     "moe.py": {"transformers Mixtral": transformers_mixtral},
+    "dit.py": {"facebookresearch DiT": meta_dit, "diffusers": diffusers_dit},
 }
 
 

@@ -5,17 +5,18 @@ The activations of feed-forward layers
                       Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2
     bias_gelu(x, b)   gelu(x + b)
     swiglu(gate, up)  silu(gate) up,   silu(a) = a sigma(a)             Shazeer 2020, arXiv:2002.05202, eq. 6
+    relu2glu(gate, up)   relu(gate)^2 up                                So et al. 2021, arXiv:2109.08668 (squared ReLU); BitNet b1.58 2B4T
 
 x, gate, up (..., F), b (F,) -> (..., F) in the dtype of the first argument: fp32, bf16 or fp16; b may be fp32 beside
 16-bit x. Autocast changes nothing. Saved for backward: the inputs. Recomputed: all else, cheaper than to read it again.
 
-Bytes, E per element, n elements: gelu and bias_gelu 2 E n forward and 3 E n backward, swiglu 3 E n and 5 E n: each
+Bytes, E per element, n elements: gelu and bias_gelu 2 E n forward and 3 E n backward, swiglu and relu2glu 3 E n and 5 E n: each
 input read once, each output written once, which is the floor. bias_gelu: b once more per program, and one fp32 partial
 row of db per 64 rows or more, summed in a fixed order. Ten to thirty FLOPs an element: nothing beside the bytes.
 gate and up may be the halves of one (..., 2F) tensor: they are not copied.
 
-Plain form: F.gelu, whose autograd keeps x (or x + b in place of x). For swiglu autograd would keep silu(gate) too, so
-its backward is written by hand.
+Plain form: F.gelu, whose autograd keeps x (or x + b in place of x). For swiglu and relu2glu autograd would keep more than the
+inputs, so their backward is written by hand.
 """
 import os
 
@@ -56,6 +57,11 @@ def swiglu_ref(gate, up):
     return (a * torch.sigmoid(a) * b).to(gate.dtype)
 
 
+def relu2glu_ref(gate, up):
+    a, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (gate, up))
+    return (a.relu().square() * b).to(gate.dtype)
+
+
 def gelu_torch(x):
     return F.gelu(x, approximate="tanh")
 
@@ -79,6 +85,25 @@ class SwiGLU(torch.autograd.Function):
 
 def swiglu_torch(gate, up):
     return SwiGLU.apply(gate, up)
+
+
+class ReLU2GLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.relu(gate).mul_(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        r = F.relu(gate)
+        dup = torch.mul(r, r).mul_(dy)
+        return r.mul_(dy).mul_(up).mul_(2), dup
+
+
+def relu2glu_torch(gate, up):
+    return ReLU2GLU.apply(gate, up)
 
 
 if triton is not None:
@@ -126,27 +151,35 @@ if triton is not None:
             b_db += b_dx
         tl.store(part + tl.program_id(0).to(tl.int64) * n_cols + o_f, b_db, mask=m_f)
 
-    # y = a s u,   s = sigma(a);   da = dy u s (1 + a (1 - s)),   du = dy a s      (a = gate, u = up)
+    # swiglu     y = a s u,   s = sigma(a);   da = dy u s (1 + a (1 - s)),   du = dy a s      (a = gate, u = up)
+    # relu2glu   y = r r u,   r = relu(a);    da = dy u 2 r,                 du = dy r r
     @triton.jit
-    def swiglu_fwd_kernel(gate, up, y, n_cols, stride_gate, stride_up, BF: tl.constexpr):
+    def glu_fwd_kernel(gate, up, y, n_cols, stride_gate, stride_up, SQUARE: tl.constexpr, BF: tl.constexpr):
         i = tl.program_id(0).to(tl.int64)
         o_f = tl.program_id(1) * BF + tl.arange(0, BF)
         m_f = o_f < n_cols
         b_a = tl.load(gate + i * stride_gate + o_f, mask=m_f, other=0.0).to(tl.float32)
         b_u = tl.load(up + i * stride_up + o_f, mask=m_f, other=0.0).to(tl.float32)
-        tl.store(y + i * n_cols + o_f, b_a * tl.sigmoid(b_a) * b_u, mask=m_f)
+        b_f = tl.maximum(b_a, 0.0) * b_a if SQUARE else b_a * tl.sigmoid(b_a)
+        tl.store(y + i * n_cols + o_f, b_f * b_u, mask=m_f)
 
     @triton.jit
-    def swiglu_bwd_kernel(gate, up, dy, dgate, dup, n_cols, stride_gate, stride_up, BF: tl.constexpr):
+    def glu_bwd_kernel(gate, up, dy, dgate, dup, n_cols, stride_gate, stride_up, SQUARE: tl.constexpr, BF: tl.constexpr):
         i = tl.program_id(0).to(tl.int64)
         o_f = tl.program_id(1) * BF + tl.arange(0, BF)
         m_f = o_f < n_cols
         b_a = tl.load(gate + i * stride_gate + o_f, mask=m_f, other=0.0).to(tl.float32)
         b_u = tl.load(up + i * stride_up + o_f, mask=m_f, other=0.0).to(tl.float32)
         b_dy = tl.load(dy + i * n_cols + o_f, mask=m_f, other=0.0).to(tl.float32)
-        b_s = tl.sigmoid(b_a)
-        tl.store(dgate + i * n_cols + o_f, b_dy * b_u * b_s * (1.0 + b_a * (1.0 - b_s)), mask=m_f)
-        tl.store(dup + i * n_cols + o_f, b_dy * b_a * b_s, mask=m_f)
+        if SQUARE:
+            b_f = tl.maximum(b_a, 0.0) * b_a
+            b_d = 2.0 * tl.maximum(b_a, 0.0)
+        else:
+            b_s = tl.sigmoid(b_a)
+            b_f = b_a * b_s
+            b_d = b_s * (1.0 + b_a * (1.0 - b_s))
+        tl.store(dgate + i * n_cols + o_f, b_dy * b_u * b_d, mask=m_f)
+        tl.store(dup + i * n_cols + o_f, b_dy * b_f, mask=m_f)
 
     BLOCK = 1024  # elements a program of 4 warps holds at once: 8 a thread, one 128-bit load in 16-bit types
 
@@ -199,22 +232,23 @@ if triton is not None:
         bias_gelu_bwd_kernel[grid](x, b, dy, dx, part, N, n_cols, **how)
         return dx, part.sum(0).to(b.dtype)
 
-    @torch.library.custom_op("kernels::swiglu", mutates_args=())
-    def swiglu_op(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    @torch.library.custom_op("kernels::glu", mutates_args=())
+    def glu_op(gate: torch.Tensor, up: torch.Tensor, square: bool) -> torch.Tensor:
         y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         gate, up = rows_of(gate), rows_of(up)
         bf, blocks = columns(gate.shape[1])
-        swiglu_fwd_kernel[(gate.shape[0], blocks)](gate, up, y, gate.shape[1], gate.stride(0), up.stride(0), BF=bf)
+        glu_fwd_kernel[(gate.shape[0], blocks)](
+            gate, up, y, gate.shape[1], gate.stride(0), up.stride(0), SQUARE=square, BF=bf)
         return y
 
-    @torch.library.custom_op("kernels::swiglu_bwd", mutates_args=())
-    def swiglu_bwd_op(gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @torch.library.custom_op("kernels::glu_bwd", mutates_args=())
+    def glu_bwd_op(gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor, square: bool) -> tuple[torch.Tensor, torch.Tensor]:
         dy = dy.contiguous()
         dgate, dup = torch.empty_like(dy), torch.empty_like(dy)
         gate, up = rows_of(gate), rows_of(up)
         bf, blocks = columns(gate.shape[1])
-        swiglu_bwd_kernel[(gate.shape[0], blocks)](
-            gate, up, dy, dgate, dup, gate.shape[1], gate.stride(0), up.stride(0), BF=bf)
+        glu_bwd_kernel[(gate.shape[0], blocks)](
+            gate, up, dy, dgate, dup, gate.shape[1], gate.stride(0), up.stride(0), SQUARE=square, BF=bf)
         return dgate, dup
 
     dense = lambda x: torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -222,13 +256,18 @@ if triton is not None:
     gelu_bwd_op.register_fake(lambda x, dy: dense(x))
     bias_gelu_op.register_fake(lambda x, b: dense(x))
     bias_gelu_bwd_op.register_fake(lambda x, b, dy: (dense(x), dense(b)))
-    swiglu_op.register_fake(lambda gate, up: dense(gate))
-    swiglu_bwd_op.register_fake(lambda gate, up, dy: (dense(dy), dense(dy)))
+    glu_op.register_fake(lambda gate, up, square: dense(gate))
+    glu_bwd_op.register_fake(lambda gate, up, dy, square: (dense(dy), dense(dy)))
 
     save_inputs = lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
     gelu_op.register_autograd(lambda ctx, dy: gelu_bwd_op(*ctx.saved_tensors, dy), setup_context=save_inputs)
     bias_gelu_op.register_autograd(lambda ctx, dy: bias_gelu_bwd_op(*ctx.saved_tensors, dy), setup_context=save_inputs)
-    swiglu_op.register_autograd(lambda ctx, dy: swiglu_bwd_op(*ctx.saved_tensors, dy), setup_context=save_inputs)
+
+    def save_glu(ctx, inputs, output):
+        gate, up, ctx.square = inputs
+        ctx.save_for_backward(gate, up)
+
+    glu_op.register_autograd(lambda ctx, dy: (*glu_bwd_op(*ctx.saved_tensors, dy, ctx.square), None), setup_context=save_glu)
 
 
 def gelu(x):
@@ -256,4 +295,14 @@ def swiglu(gate, up):
     which = form(gate)
     if which == "ref":
         return swiglu_ref(gate, up)
-    return swiglu_torch(gate, up) if which == "torch" else swiglu_op(gate, up)
+    return swiglu_torch(gate, up) if which == "torch" else glu_op(gate, up, False)
+
+
+def relu2glu(gate, up):
+    """relu(gate)^2 up: two tensors of one shape and dtype."""
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"relu2glu: gate {tuple(gate.shape)} {gate.dtype}, up {tuple(up.shape)} {up.dtype} differ")
+    which = form(gate)
+    if which == "ref":
+        return relu2glu_ref(gate, up)
+    return relu2glu_torch(gate, up) if which == "torch" else glu_op(gate, up, True)

@@ -9,6 +9,7 @@ OPS = {  # name: op, definition, its arguments: full-size (x) or one row (b)
     "gelu": (A.gelu, A.gelu_ref, "x"),
     "bias_gelu": (A.bias_gelu, A.bias_gelu_ref, "xb"),
     "swiglu": (A.swiglu, A.swiglu_ref, "xx"),
+    "relu2glu": (A.relu2glu, A.relu2glu_ref, "xx"),
 }
 SHAPES = [(1, 1), (2, 3, 33), (1, 1025), (67, 64), (3, 2048)]
 
@@ -113,7 +114,7 @@ def test_registration(monkeypatch):
     monkeypatch.setattr(A, "KERNELS", "triton")
     x, b = inputs("xb", (70, 24), torch.float32)
     up = x.detach().clone().requires_grad_()
-    for op, args in ((A.gelu_op, (x,)), (A.bias_gelu_op, (x, b)), (A.swiglu_op, (x, up))):
+    for op, args in ((A.gelu_op, (x,)), (A.bias_gelu_op, (x, b)), (A.glu_op, (x, up, False)), (A.glu_op, (x, up, True))):
         torch.library.opcheck(op, args)
     step = lambda x, b: A.swiglu(A.gelu(x), A.bias_gelu(x, b))
     want = torch.autograd.grad(step(x, b).sum(), (x, b))
