@@ -439,11 +439,11 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.proj_out.weight)
 
     def forward(self, x, text, mask=None):
-        y = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, T, C): a view, as channels are innermost in memory
+        y = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, T, C)
         y = F.linear(y, self.proj_in.weight.flatten(1), self.proj_in.bias)  # a 1 x 1 convolution
         y = self.transformer_blocks[0](y, text, mask)
         y = F.linear(y, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2) + x  # (B, C, h, w)
+        return x + y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)  # (B, C, h, w)
 
 
 class Block(nn.Module):
@@ -477,16 +477,21 @@ class Block(nn.Module):
         return self.upsamplers[0](x) if self.upsamplers else x
 
 
+def layout(x):
+    """The order in memory that convolutions are fastest with: channels innermost on a GPU, outermost on a CPU."""
+    return torch.channels_last if x.is_cuda else torch.contiguous_format
+
+
 def doubled(x, w, b):
     """A 3 x 3 convolution of x with every pixel four times, computed at the small size. An even row of the result sees rows i - 1 and i,
     with weights w_0 and w_1 + w_2, an odd row i and i + 1, with w_0 + w_1 and w_2; so do columns: 4 products a pixel where 9 were."""
     (B, _, h, n), O = x.shape, len(w)
     halves = lambda w, d: [torch.stack(k, d) for w0, w1, w2 in [w.unbind(d)] for k in ((w0, w1 + w2), (w0 + w1, w2))]
-    x, rows = F.pad(x, (1, 1, 1, 1)), []
+    p, rows = F.pad(x, (1, 1, 1, 1)), []
     for i, k in enumerate(halves(w, 2)):
-        pair = [F.conv2d(x[:, :, i : i + h + 1, j : j + n + 1], q, b).permute(0, 2, 3, 1) for j, q in enumerate(halves(k, 3))]
-        rows.append(torch.stack(pair, 3))  # (B, h, n, 2, O)
-    return torch.stack(rows, 2).view(B, 2 * h, 2 * n, O).permute(0, 3, 1, 2)  # (B, O, 2 h, 2 n)
+        pair = [F.conv2d(p[:, :, i : i + h + 1, j : j + n + 1], q, b) for j, q in enumerate(halves(k, 3))]  # each (B, O, h, n)
+        rows.append(torch.stack(pair, 4))
+    return torch.stack(rows, 3).reshape(B, O, 2 * h, 2 * n).contiguous(memory_format=layout(x))
 
 
 class Resample(nn.Module):
@@ -560,7 +565,8 @@ class Model(Diffusion):
         self.vae = vae or (VAE.from_pretrained(cfg.vae) if cfg.vae else None)
         if self.vae:
             self.vae.requires_grad_(False)
-        self.to(memory_format=torch.channels_last)  # channels innermost: what convolutions are fastest with, on CPUs and tensor cores
+        if self.text_encoder and cfg.vocab == CLIP:
+            self.text_encoder.requires_grad_(False)  # Stable Diffusion's training leaves CLIP as it is
 
     @staticmethod
     def noise_shape(cfg):
@@ -588,7 +594,7 @@ class Model(Diffusion):
             text = torch.where(drop[:, None, None], none.to(text.dtype), text)
         e = sinusoids(t, self.cfg.widths[0])
         e = F.silu(self.time_embedding.linear_2(F.silu(self.time_embedding.linear_1(e))))  # (B, 4 widths[0])
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv_in(x.contiguous(memory_format=layout(x)))
         skips = [x]
         for block in self.down_blocks:
             x = block(x, e, text, mask, leave=skips)
@@ -603,6 +609,10 @@ class Model(Diffusion):
                 mean, logvar = self.vae.encode(x0)
                 x0 = self.cfg.scale * (mean + (logvar / 2).exp() * noise.flip(0, 2, 3))
         return super().loss_at(x0, cond, u, noise, mask)
+
+    def prepare(self, cast):
+        """Before training: the weights in the order of the pictures."""
+        self.to(memory_format=layout(self.conv_in.weight))
 
     def param_groups(self, weight_decay):
         """Matrices and convolutions decay, vectors do not; `matrix` marks what Muon may orthogonalise."""
@@ -651,7 +661,7 @@ class Model(Diffusion):
         kept = {k: v for k, v in config.items() if k in SIZES}  # of a run of this file
         vae = VAE.from_pretrained(f"{source}/vae") if there("vae") else None
         text = TextEncoder.from_pretrained(f"{source}/text_encoder") if there("text_encoder") else None
-        if text and not kept:
+        if text and not kept:  # Stable Diffusion 1.x
             kept = dict(cond="text", captions=text.cfg.captions, objective="ddpm", betas="scaled")
         if text:
             kept |= {k: getattr(text.cfg, k) for k in ("dim", "text_layers", "text_heads", "vocab")} | dict(features=0)
@@ -668,8 +678,19 @@ class Model(Diffusion):
             if own:
                 getattr(self, name).save_pretrained(f"{folder}/{name}", own, **how)
         write_weights(f"{folder}/unet", tensors, self.hf_config(), WEIGHTS, **how)
+        Path(folder, "scheduler").mkdir(exist_ok=True)
         config = dict(model_type="unet", **{k: getattr(self.cfg, k) for k in SIZES})
-        write_file(f"{folder}/config.json", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
+        for name, c in (("config.json", config), ("scheduler/scheduler_config.json", self.scheduler())):
+            write_file(f"{folder}/{name}", lambda tmp, c=c: Path(tmp).write_text(json.dumps(c, indent=2)))
+
+    def scheduler(self):
+        """scheduler_config.json as diffusers' DDIMScheduler or FlowMatchEulerDiscreteScheduler reads it."""
+        if self.cfg.objective == "flow":
+            return dict(_class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=LEVELS, shift=1.0)
+        kind = dict(linear="linear", scaled="scaled_linear", cosine="squaredcos_cap_v2")[self.cfg.betas]
+        low, high = (0.00085, 0.012) if self.cfg.betas == "scaled" else (1e-4, 0.02)
+        return dict(_class_name="DDIMScheduler", num_train_timesteps=LEVELS, beta_schedule=kind, beta_start=low, beta_end=high,
+                    clip_sample=self.cfg.channels in (1, 3), prediction_type="epsilon")  # fmt: skip
 
 
 class Coder(nn.Module):
@@ -705,7 +726,7 @@ class PlaceAttention(Attention):
 
     def forward(self, x):
         y = super().forward(self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2))  # (B, h w, C)
-        return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2) + x
+        return x + y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 class VAE(nn.Module):
@@ -724,17 +745,16 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(n, n, 1)
         self.register_buffer("spread", torch.tensor(1 / cfg.scale if cfg.scale else 1.0), persistent=False)  # z's deviation, a running mean
         self.errors, self.seen = [], None  # mean squared errors of the evaluation at hand, and its last pictures
-        self.to(memory_format=torch.channels_last)
 
     def encode(self, x):
         """x (B, 3 or 1, h, w) in [-1, 1] -> mean and logvar (B, latent, h', w'), not scaled."""
-        h = self.encoder(x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last))
+        h = self.encoder(x.expand(-1, 3, -1, -1).contiguous(memory_format=layout(x)))
         mean, logvar = self.quant_conv(h).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
         """z, not scaled -> x (B, 3, h, w)."""
-        return self.decoder(self.post_quant_conv(z.contiguous(memory_format=torch.channels_last)))
+        return self.decoder(self.post_quant_conv(z.contiguous(memory_format=layout(z))))
 
     def loss_at(self, x0, cond, u, noise, mask=None):
         """The squared error of a sample from q, and a little of KL(q || N(0, 1)) (Kingma & Welling 2013, arXiv:1312.6114v11, eq. 10).
@@ -760,6 +780,9 @@ class VAE(nn.Module):
             bad("--sample: this is a VAE alone, from which nothing can be drawn; --vae takes it for a diffusion in its latents")
         x0, x = self.seen
         return torch.stack([x0.expand_as(x), x], 1).flatten(0, 1)[: len(cond)]
+
+    def prepare(self, cast):
+        self.to(memory_format=layout(self.spread))
 
     def param_groups(self, weight_decay):
         matrices, vectors = ([p for p in self.parameters() if (p.ndim > 1) is m] for m in (True, False))
