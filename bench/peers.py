@@ -207,6 +207,36 @@ def diffusers_dit(size, peers):
     return loss, torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
 
 
+# ---------------------------------------------------------------- unet.py: a batch is x0, the caption's features, u, noise (example() there)
+def flow_loss(predict):
+    def loss(x0, cond, u, noise):
+        s = u[:, :1, None, None]
+        return F.mse_loss(predict((1 - s) * x0 + s * noise, 1000 * u[:, 0], cond), noise - x0)
+
+    return loss
+
+
+def diffusers_unet(size, peers):
+    """Without captions: attention instead of transformers at the levels that attend, which is less work than ours."""
+    from diffusers import UNet2DModel
+
+    down, up = (["Attn" * a + f"{way}Block2D" for a in size["attn"]] for way in ("Down", "Up"))
+    model = UNet2DModel(sample_size=size["size"], block_out_channels=size["widths"], layers_per_block=size["layers"],
+                        norm_num_groups=size["groups"], down_block_types=down, up_block_types=up[::-1])  # fmt: skip
+    return flow_loss(lambda x, t, cond: model(x, t).sample), adamw(model)
+
+
+def diffusers_unet_condition(size, peers):
+    """The same architecture as ours."""
+    from diffusers import UNet2DConditionModel
+
+    down, up = (["CrossAttn" * a + f"{way}Block2D" for a in size["attn"]] for way in ("Down", "Up"))
+    model = UNet2DConditionModel(sample_size=size["size"], in_channels=3, out_channels=3, block_out_channels=size["widths"],
+                                 layers_per_block=size["layers"], norm_num_groups=size["groups"], attention_head_dim=size["heads"],
+                                 cross_attention_dim=size["features"], down_block_types=down, up_block_types=up[::-1])  # fmt: skip
+    return flow_loss(lambda x, t, cond: model(x, t, cond).sample), adamw(model)
+
+
 PEERS = {
     "gpt2.py": {"nanoGPT": nanogpt, "minGPT": mingpt, "transformers": transformers_gpt2},
     "mamba.py": {"mambapy": mambapy, "transformers": transformers_mamba},
