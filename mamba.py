@@ -1,0 +1,1195 @@
+"""
+Mamba, Mamba-2: selective state spaces               Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State
+                                                     Spaces", arXiv:2312.00752v2;  Dao & Gu 2024, "Transformers are SSMs",
+                                                     arXiv:2405.21060v1
+
+Special: no attention. Each of E = 2 C channels keeps a state s of N numbers. The step dt and the vectors B and C come from the
+token, so the layer chooses what to remember and what to forget. Cost is linear in T, and the state never grows.
+    x, z      = h W_in,  x = silu(conv(x))            a causal convolution over the last 4 tokens, one per channel
+    s_t       = exp(dt_t A) s_{t-1} + dt_t x_t B_t    A (E, N) negative; B_t, C_t (N) shared by the channels
+    y_t       = C_t . s_t + D x_t
+    out       = (y silu(z)) W_out                     the gate; on RMSNorm(stream), added to the stream: a block has no more
+--version 2: one dt and one number A for a head of 64 channels, so the states of a head, a 64 x N matrix, decay together. Then a
+chunk of tokens is a product of matrices, masked and decayed, which is linear attention with C, B, x as q, k, v; and N is 128.
+
+Run:     python mamba.py                                        trains Mamba on tiny Shakespeare, then prints a sample
+         python mamba.py --version 2                            Mamba-2, in the same place
+         python mamba.py --sample "ROMEO:"                      from out/mamba; the state has one size however long the text
+         python mamba.py --init mamba-130m --sample "The Eiffel tower"
+                                                                from the released weights: mamba-130m 370m 790m 1.4b 2.8b,
+                                                                mamba2-130m 370m 780m 1.3b 2.7b, or any folder of theirs in the
+                                                                original or the Hugging Face form
+         torchrun --nproc_per_node=2 mamba.py                   the same run on two GPUs
+Expect:  validation losses and minutes are in bench/RESULTS.md, each with its command.
+Alone:   this file needs PyTorch, numpy and safetensors; with kernels/ beside it, it is faster: much faster for version 1.
+"""
+
+import argparse
+import ast
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import functools
+import glob
+import inspect
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+
+try:
+    from kernels.activation import swiglu
+    from kernels.causal_conv1d import causal_conv1d
+    from kernels.cross_entropy import linear_cross_entropy
+    from kernels.matmul import linear
+    from kernels.norm import rms_norm
+    from kernels.selective_scan import selective_scan
+    from kernels.ssd import ssd
+except ModuleNotFoundError:  # this file alone: the same operations in plain PyTorch
+
+    def selective_scan(x, dt, A, B, C, D, z, dt_bias, initial=None):
+        """recurrence_1 on 64 tokens at a time, and again in backward, so that the states of all tokens are never held."""
+        s, y = x.new_zeros(len(x), *A.shape, dtype=torch.float32) if initial is None else initial, []
+        dt = F.softplus(dt.float() + dt_bias)
+        for part in zip(*(u.split(64, 1) for u in (x, dt, B, C))):
+            y_c, s = checkpoint(lambda x, dt, B, C, s: recurrence_1(x, dt, A, B, C, D, s), *part, s, use_reentrant=False)
+            y.append(y_c)
+        return (torch.cat(y, 1) * F.silu(z)).to(x.dtype), s
+
+    def ssd(x, dt, A, B, C, D, initial=None):
+        return chunkwise_2(x, dt, A, B, C, D, initial)
+
+    def causal_conv1d(x, w, b=None, initial=None):
+        """y_t = silu(b + sum_i w_i x_{t-W+1+i}): x (B, T, E), w (E, W), initial (B, W-1, E), the inputs before x, or zeros."""
+        x = F.pad(x, (0, 0, w.shape[1] - 1, 0)) if initial is None else torch.cat([initial.to(x.dtype), x], 1)
+        return F.silu(F.conv1d(x.transpose(1, 2), w[:, None], b, groups=len(w)).transpose(1, 2))
+
+    def linear_cross_entropy(x, w, targets, ignore_index=-1):
+        """mean of -log softmax(x w^T)[target]; 2048 rows at a time, and again in backward, so that the logits are never whole."""
+        x, targets = x.flatten(0, -2), targets.flatten()
+        total = x.new_zeros((), dtype=torch.float32)
+        for xs, ts in zip(x.split(2048), targets.split(2048)):
+            part = lambda xs, ts: F.cross_entropy(
+                F.linear(xs, w).float(), ts, ignore_index=ignore_index, reduction="sum"
+            )
+            total = total + checkpoint(part, xs, ts, use_reentrant=False)
+        return total / (targets != ignore_index).sum().clamp(min=1)
+
+    def linear(x, w, b=None):
+        return F.linear(x, w, b)
+
+    def rms_norm(x, w, eps=1e-6):
+        return F.rms_norm(x, w.shape, w, eps)
+
+    def swiglu(gate, up):
+        return F.silu(gate) * up
+
+
+@dataclass
+class Config:
+    # the model
+    version: int = 1  # 1: Mamba, a decay per channel and state | 2: Mamba-2, a decay per head
+    layers: int = 24  # blocks
+    dim: int = 768  # width C of the residual stream
+    state: int = 0  # size N of a channel's state; 0: 16 in version 1, 128 in version 2
+    expand: int = 2  # E = expand * dim channels inside a block
+    conv: int = 4  # width W of the causal convolution
+    dt_rank: int = 0  # version 1: inner size R of the map that gives dt; 0: dim / 16, rounded up
+    head_dim: int = 64  # version 2: channels P of a head, which share dt and A
+    groups: int = 1  # version 2: groups G of heads, each with its own B and C
+    vocab: int = 0  # tokens; 0: as many as the tokenizer has
+    vocab_multiple: int = 0  # the embedding gets so many rows more that they are a multiple of this; 0: 8, version 2: 16
+    # the run
+    preset: str = ""  # sizes and schedule together; default: cpu without a GPU, gpu with one
+    seq: int = 2048  # tokens T of a training window; the model itself has no limit
+    data: str = "shakespeare"  # name in data/, .txt or .jsonl file, folder or glob of token shards (nanoGPT's, llm.c's)
+    tok: str = ""  # char | byte | gpt2 | a tokenizer.json | a RWKV vocabulary file; default: what suits the data
+    batch: int = 16  # sequences per micro-step, over all processes together
+    accum: int = 1  # micro-steps whose gradients are summed into one step
+    steps: int = 1000  # optimizer steps
+    lr: float = 6e-4  # peak learning rate
+    lr_end: float = 0.0  # last learning rate, as a fraction of --lr; cosine in between
+    warmup: int = 0  # steps of linear warm-up
+    beta2: float = 0.95  # second moment's decay in AdamW
+    wd: float = 0.1  # weight decay, on matrices only
+    clip: float = 1.0  # largest gradient norm; 0: no clipping
+    optim: str = "adamw"  # adamw | muon (matrices inside blocks; AdamW for the rest) | adamw8bit
+    seed: int = 1337  # of weights, batches and samples
+    device: str = ""  # cpu | cuda | mps; default: the best there is
+    dtype: str = "auto"  # auto (bf16 where it is faster here) | fp32 | bf16 (autocast)
+    compile: bool = False  # torch.compile
+    ckpt: bool = False  # recompute each block in backward instead of keeping its activations
+    fsdp: bool = False  # under torchrun: shard parameters, gradients and optimizer (FSDP2) instead of copying them
+    out: str = ""  # folder of the run; default out/<file>
+    resume: bool = False  # go on with the run in --out, bit for bit
+    init: str = ""  # start from a checkpoint: folder, file or hub name
+    eval_every: int = 250  # steps between evaluations and saves
+    eval_iters: int = 64  # batches of an evaluation; always the same ones
+    log_every: int = 10  # steps between progress lines
+    sample: str = ""  # generate after this text, from --out or --init, instead of training
+    tokens: int = 300  # how many to generate
+    temp: float = 0.8  # temperature; 0: the most likely token
+    top_k: int = 0  # draw from the k most likely; 0: from all
+    top_p: float = 1.0  # draw from the most likely that make up this probability
+
+
+# the papers' recipe: 0.5M tokens a step, 300B in all, rates five times those of GPT-3, down to 1e-5
+PILE = dict(seq=2048, vocab=50277, tok="gpt2", data="openwebtext", steps=600_000, warmup=60_000, lr_end=0.01, eval_every=1000)
+PRESETS = {
+    # about two minutes on two cores
+    "cpu": dict(layers=4, dim=96, head_dim=32, seq=128, batch=16, steps=1000, lr=1e-2, optim="muon", eval_every=500),
+    # a character model for one 12 GB GPU, at the size of gpt2.py's
+    "gpu": dict(layers=12, dim=384, seq=256, batch=64, steps=5000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99),
+    # the released sizes, on one 12 GB GPU; with --version 2 those of mamba2-130m 370m 780m 1.3b 2.7b
+    "130M": dict(layers=24, dim=768, batch=8, accum=32, lr=3e-3, **PILE),
+    "370M": dict(layers=48, dim=1024, batch=4, accum=64, lr=1.5e-3, ckpt=True, **PILE),
+    "790M": dict(layers=48, dim=1536, batch=2, accum=128, lr=1.25e-3, optim="adamw8bit", ckpt=True, **PILE),
+    "1.4B": dict(layers=48, dim=2048, batch=1, accum=512, lr=1e-3, optim="adamw8bit", ckpt=True, **PILE),
+    "2.8B": dict(layers=64, dim=2560, batch=1, accum=512, lr=8e-4, optim="adamw8bit", ckpt=True, **PILE),
+}
+
+
+# The recurrences, one token after the other. s is the state before the first and is returned as it is after the last.
+def recurrence_1(x, dt, A, B, C, D, s):
+    """x, dt (B, T, E), A (E, N), B, C (B, T, N), D (E,), s (B, E, N) -> y (B, T, E), s."""
+    y = []
+    for x_t, dt_t, B_t, C_t in zip(*(u.unbind(1) for u in (x, dt, B, C))):
+        # s_t = exp(dt_t A) s_{t-1} + dt_t x_t B_t       (Mamba, eq. 2a; A discretised by eq. 4, B by an Euler step)
+        # y_t = C_t . s_t + D x_t                        (eq. 2b, and a skip)
+        s = torch.exp(dt_t[..., None] * A) * s + (dt_t * x_t)[..., None] * B_t[:, None]  # (B, E, N)
+        y.append((s * C_t[:, None]).sum(-1) + D * x_t)  # (B, E)
+    return torch.stack(y, 1), s
+
+
+def recurrence_2(x, dt, A, B, C, D, S):
+    """x (B, T, H, P), dt (B, T, H), A, D (H,), B, C (B, T, G, N), S (B, H, P, N) -> y (B, T, H, P), S."""
+    y, heads = [], x.shape[2] // B.shape[2]
+    for x_t, dt_t, B_t, C_t in zip(*(u.unbind(1) for u in (x, dt, B, C))):
+        B_t, C_t = (u.repeat_interleave(heads, 1)[:, :, None] for u in (B_t, C_t))  # (B, H, 1, N): the heads of a group share them
+        # S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T,  y_t = S_t C_t + D x_t      (Mamba-2, eq. 1 with a scalar A)
+        S = torch.exp(dt_t * A)[..., None, None] * S + (dt_t[..., None] * x_t)[..., None] * B_t  # (B, H, P, N)
+        y.append((S * C_t).sum(-1) + D[:, None] * x_t)  # (B, H, P)
+    return torch.stack(y, 1), S
+
+
+def chunkwise_2(x, dt, A, B, C, D, S=None, Q=64):
+    """recurrence_2 in chunks of Q tokens, where it is products of matrices (Mamba-2, section 6). With c_i = dt_1 A + ... + dt_i A
+    counted from the chunk's start and v = dt x:
+    y_i = sum_{j <= i} exp(c_i - c_j) (C_i . B_j) v_j + exp(c_i) S C_i,    S' = exp(c_Q) S + sum_j exp(c_Q - c_j) v_j B_j^T
+    """
+    heads, y = x.shape[2] // B.shape[2], []
+    with torch.autocast(x.device.type, enabled=False):  # decays and sums in fp32
+        parts = [u if u.dtype == torch.float64 else u.float() for u in (x, dt, B, C)]
+        for x_c, dt_c, B_c, C_c in zip(*(u.transpose(1, 2).split(Q, 2) for u in parts)):  # (B, H, Q, P), (B, H, Q), (B, G, Q, N)
+            B_c, C_c = (u.repeat_interleave(heads, 1) for u in (B_c, C_c))  # (B, H, Q, N)
+            v, c = x_c * dt_c[..., None], (dt_c * A[:, None]).cumsum(-1)
+            decay = torch.exp((c[..., :, None] - c[..., None, :]).clamp(max=0)).tril()  # (B, H, Q, Q); a difference never overflows
+            y_c = (C_c @ B_c.mT * decay) @ v + D[:, None, None] * x_c  # (B, H, Q, P)
+            new = (v * torch.exp(c[..., -1:] - c)[..., None]).mT @ B_c  # (B, H, P, N)
+            if S is not None:
+                y_c = y_c + (C_c @ S.mT) * c.exp()[..., None]
+                new = new + c[..., -1, None, None].exp() * S
+            S = new
+            y.append(y_c)
+    return torch.cat(y, 2).transpose(1, 2).to(x.dtype), S
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + 1e-5) * weight over the last dimension, which has G groups with a mean of their own."""
+
+    def __init__(self, C, G=1):
+        super().__init__()
+        self.G, self.weight = G, nn.Parameter(torch.ones(C))
+
+    def forward(self, x):
+        if self.G == 1:
+            return rms_norm(x, self.weight, 1e-5)
+        x = x.unflatten(-1, (self.G, -1))
+        return rms_norm(x, x.new_ones(x.shape[-1]), 1e-5).flatten(-2) * self.weight
+
+
+class Linear(nn.Linear):
+    def __init__(self, n_in, n_out, bias=False):
+        super().__init__(n_in, n_out, bias)
+
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
+def convolve(conv1d, x, last=None):
+    """silu(causal convolution) of x (B, T, E) -> like x; and the last W-1 inputs, if those before x are given (B, W-1, E)."""
+    w = conv1d.weight[:, 0]  # (E, W)
+    if last is None:
+        return causal_conv1d(x, w, conv1d.bias), None
+    inputs = torch.cat([last, x.to(last.dtype)], 1)
+    if x.shape[1] == 1:  # y = silu(b + sum_i w_i x_i)
+        return F.silu((inputs * w.t()).sum(1, keepdim=True) + conv1d.bias).to(x.dtype), inputs[:, 1:]
+    return causal_conv1d(x, w, conv1d.bias, last), inputs[:, x.shape[1] :]
+
+
+def initial_dt(n):
+    """dt spread over 0.001..0.1 by its logarithm, before the softplus: log(exp(dt) - 1)."""
+    dt = torch.exp(torch.rand(n) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).clamp(min=1e-4)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+class Mamba1(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        C, E, N, R = cfg.dim, cfg.expand * cfg.dim, cfg.state, cfg.dt_rank
+        self.sizes = R, N, N
+        self.in_proj = Linear(C, 2 * E)  # -> x, z
+        self.conv1d = nn.Conv1d(E, E, cfg.conv, groups=E)
+        self.x_proj = Linear(E, R + 2 * N)  # -> dt, B, C
+        self.dt_proj = Linear(R, E, bias=True)
+        self.A_log = nn.Parameter(torch.arange(1.0, N + 1).log().repeat(E, 1))  # A = -1..-N in each channel
+        self.D = nn.Parameter(torch.ones(E))
+        self.out_proj = Linear(E, C)
+        nn.init.uniform_(self.dt_proj.weight, -(R**-0.5), R**-0.5)
+        self.dt_proj.bias = nn.Parameter(initial_dt(E))
+
+    def forward(self, h, last=None, s=None):
+        """h (B, T, C); of the tokens before, last (B, W-1, E) and s (B, E, N) -> out (B, T, C), last, s."""
+        x, z = self.in_proj(h).chunk(2, -1)  # (B, T, E)
+        x, last = convolve(self.conv1d, x, last)
+        dt, B, C = self.x_proj(x).split(self.sizes, -1)  # (B, T, R), (B, T, N), (B, T, N)
+        dt, A = self.dt_proj(dt), -torch.exp(self.A_log)  # (B, T, E), (E, N)
+        if h.shape[1] == 1 and s is not None:
+            y, s = recurrence_1(x, F.softplus(dt + self.dt_proj.bias), A, B, C, self.D, s)
+            y = y * F.silu(z)
+        else:  # dt = softplus(dt + bias) and the gate silu(z) are in the operator, and never held
+            y, s = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, s)
+        return self.out_proj(y), last, s
+
+
+class Mamba2(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        C, E, GN, H = cfg.dim, cfg.expand * cfg.dim, cfg.groups * cfg.state, cfg.expand * cfg.dim // cfg.head_dim
+        self.sizes, self.G, self.P = (E, GN, GN, H), cfg.groups, cfg.head_dim
+        self.in_proj = Linear(C, 2 * E + 2 * GN + H)  # -> z, (x, B, C), dt
+        self.conv1d = nn.Conv1d(E + 2 * GN, E + 2 * GN, cfg.conv, groups=E + 2 * GN)
+        self.dt_bias = nn.Parameter(initial_dt(H))
+        self.A_log = nn.Parameter(torch.empty(H).uniform_(1, 16).log())
+        self.D = nn.Parameter(torch.ones(H))
+        self.norm = RMSNorm(E, cfg.groups)
+        self.out_proj = Linear(E, C)
+
+    def forward(self, h, last=None, S=None):
+        """h (B, T, C); of the tokens before, last (B, W-1, E+2GN) and S (B, H, P, N) -> out (B, T, C), last, S."""
+        E, GN, _, H = self.sizes
+        z, xBC, dt = self.in_proj(h).split([E, E + 2 * GN, H], -1)
+        xBC, last = convolve(self.conv1d, xBC, last)
+        x, B, C = (u.unflatten(-1, (n, -1)) for u, n in zip(xBC.split([E, GN, GN], -1), (H, self.G, self.G)))
+        dt, A = F.softplus(dt.float() + self.dt_bias), -torch.exp(self.A_log)  # (B, T, H), (H,)
+        if h.shape[1] == 1 and S is not None:
+            y, S = recurrence_2(x, dt, A, B, C, self.D, S)
+        else:
+            y, S = ssd(x, dt, A, B, C, self.D, S)  # (B, T, H, P)
+        y = self.norm(swiglu(z, y.flatten(-2).to(z.dtype)))  # the gate first, then the norm
+        return self.out_proj(y), last, S
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm = RMSNorm(cfg.dim)
+        self.mixer = (Mamba1 if cfg.version == 1 else Mamba2)(cfg)
+
+    def forward(self, x, last=None, s=None):
+        y, last, s = self.mixer(self.norm(x), last, s)
+        return x + y, last, s
+
+
+class Model(nn.Module):
+    """Mamba or Mamba-2 with the parameter names of transformers' classes, which are those of the original but for one letter."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        if cfg.version not in (1, 2):
+            bad(f"--version {cfg.version}: 1 (Mamba) or 2 (Mamba-2)")
+        cfg.state = cfg.state or (16 if cfg.version == 1 else 128)
+        cfg.dt_rank = cfg.dt_rank or -(-cfg.dim // 16)
+        cfg.vocab_multiple = cfg.vocab_multiple or 8 * cfg.version
+        E = cfg.expand * cfg.dim
+        if cfg.version == 2 and E % cfg.head_dim:
+            bad(f"--head-dim {cfg.head_dim}: --expand {cfg.expand} x --dim {cfg.dim} = {E} channels must be divisible by it")
+        if cfg.version == 2 and E // cfg.head_dim % cfg.groups:
+            bad(f"--groups {cfg.groups}: the {E // cfg.head_dim} heads must be divisible by it")
+        self.cfg = cfg
+        self.context = None  # step() goes on for ever
+        rows = -(-cfg.vocab // cfg.vocab_multiple) * cfg.vocab_multiple
+        self.backbone = nn.ModuleDict(dict(
+            embeddings=nn.Embedding(rows, cfg.dim),
+            layers=nn.ModuleList(Block(cfg) for _ in range(cfg.layers)),
+            norm_f=RMSNorm(cfg.dim),
+        ))  # fmt: skip
+        nn.init.normal_(self.backbone.embeddings.weight, std=0.02)
+        with torch.no_grad():  # other products keep PyTorch's initial values; what is added to the stream starts smaller
+            for block in self.backbone.layers:
+                block.mixer.out_proj.weight /= math.sqrt(cfg.layers)
+
+    def stream(self, tokens, state=None):
+        """tokens (B, T) -> the normed residual stream (B, T, C); the state, if there is one, goes on in place."""
+        x = F.embedding(tokens, self.backbone.embeddings.weight)  # (B, T, C)
+        for i, block in enumerate(self.backbone.layers):
+            if state is not None:
+                x, state["conv"][i], state["ssm"][i] = block(x, state["conv"][i], state["ssm"][i])
+            elif self.cfg.ckpt and self.training:
+                x = checkpoint(block, x, use_reentrant=False)[0]
+            else:
+                x = block(x)[0]
+        return self.backbone.norm_f(x)
+
+    def forward(self, tokens, targets=None):
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T), where -1 is ignored: the mean loss, a fp32 scalar.
+        V counts the padding, whose logits no target ever asks for."""
+        x = self.stream(tokens)
+        if targets is None:
+            return linear(x, self.backbone.embeddings.weight)
+        return linear_cross_entropy(x, self.backbone.embeddings.weight, targets)
+
+    def init_state(self, batch):
+        """What a text begins with: the convolutions' last inputs (L, B, W-1, E, version 2: E+2GN) and the states
+        (L, B, E, N), version 2: (L, B, H, P, N), all 0 and fp32."""
+        c, E = self.cfg, self.cfg.expand * self.cfg.dim
+        one = c.version == 1
+        zeros = functools.partial(torch.zeros, device=self.backbone.embeddings.weight.device)
+        conv = zeros(c.layers, batch, c.conv - 1, E if one else E + 2 * c.groups * c.state)
+        return {"conv": conv, "ssm": zeros(c.layers, batch, *((E,) if one else (E // c.head_dim, c.head_dim)), c.state)}
+
+    @torch.no_grad()
+    def step(self, tokens, state):
+        """The next tokens (B, T') -> logits (B, V) after the last of them, and the state, which is changed in place."""
+        for part in tokens.split(1024, 1):  # a long text needs no more memory than a short one
+            x = self.stream(part, state)
+        return linear(x[:, -1], self.backbone.embeddings.weight), state
+
+    def param_groups(self, weight_decay):
+        """Matrices and convolutions decay; A_log, D, norms and biases do not. `matrix` marks what Muon may orthogonalise."""
+        groups = dict(matrices=dict(weight_decay=weight_decay, matrix=True), others=dict(weight_decay=weight_decay), rest=dict(weight_decay=0.0))
+        for name, p in self.named_parameters():
+            kind = "rest" if p.ndim < 2 or name.endswith("A_log") else "matrices" if p.ndim == 2 and "mixer" in name else "others"
+            groups[kind].setdefault("params", []).append(p)
+        return list(groups.values())
+
+    def hf_config(self):
+        """config.json as transformers' MambaForCausalLM or Mamba2ForCausalLM reads it."""
+        c, E = self.cfg, self.cfg.expand * self.cfg.dim
+        if c.version == 1:
+            own = dict(model_type="mamba", architectures=["MambaForCausalLM"], time_step_rank=c.dt_rank, intermediate_size=E)
+        else:
+            own = dict(model_type="mamba2", architectures=["Mamba2ForCausalLM"], num_heads=E // c.head_dim, head_dim=c.head_dim, n_groups=c.groups)
+        return own | dict(
+            hidden_size=c.dim, num_hidden_layers=c.layers, state_size=c.state, expand=c.expand, conv_kernel=c.conv,
+            vocab_size=len(self.backbone.embeddings.weight), layer_norm_epsilon=1e-5, hidden_act="silu", use_bias=False,
+            use_conv_bias=True, residual_in_fp32=True, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        )  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, source, **overrides):
+        """source: a folder or hub name in the original or the Hugging Face form; overrides: Config fields such as seq."""
+        path = find_checkpoint(HUB.get(source, source))
+        config, tensors = read_checkpoint(path)
+        ssm = config.get("ssm_cfg") or {}
+        try:
+            if "d_model" in config:  # the original: what ssm_cfg does not name has the default of its class
+                cfg = Config(version=2 if ssm.get("layer") == "Mamba2" else 1, layers=config["n_layer"], dim=config["d_model"])
+                names = dict(state="d_state", expand="expand", conv="d_conv", dt_rank="dt_rank", head_dim="headdim", groups="ngroups")
+                sizes = {k: ssm[v] for k, v in names.items() if ssm.get(v, "auto") != "auto"}
+                cfg = dataclasses.replace(cfg, vocab=config["vocab_size"], vocab_multiple=config.get("pad_vocab_size_multiple", 8), **sizes)
+            else:
+                cfg = Config(version={"mamba": 1, "mamba2": 2}[config["model_type"]], layers=config["num_hidden_layers"], dim=config["hidden_size"])
+                names = dict(state="state_size", expand="expand", conv="conv_kernel", head_dim="head_dim", groups="n_groups", vocab="vocab_size")
+                names |= dict(dt_rank="time_step_rank") if cfg.version == 1 else {}
+                sizes = {k: config[v] for k, v in names.items() if config.get(v, "auto") != "auto"}
+                cfg = dataclasses.replace(cfg, vocab_multiple=1, **sizes)
+        except KeyError as e:
+            bad(f"{path}: config.json has no {e}, or another value than a Mamba's")
+        plain = lambda v: [float(u["__float__"]) if isinstance(u, dict) else u for u in v] if isinstance(v, list) else v
+        for key, value in SAME.items():
+            if (found := plain((config | ssm).get(key, value))) != value:  # transformers writes infinity as {"__float__": "Infinity"}
+                bad(f"{path}: {key} = {found!r} in config.json; this file has {value!r}")
+        model = cls(dataclasses.replace(cfg, **overrides))
+        # the original writes embedding for embeddings; the tied head may be there or not
+        tensors = {k.replace("embedding.", "embeddings."): v for k, v in tensors.items() if k != "lm_head.weight"}
+        load_strict(model, tensors, path)
+        return model
+
+    def save_pretrained(self, folder, tensors=None, **how):
+        """model.safetensors and config.json: transformers' MambaForCausalLM or Mamba2ForCausalLM loads them.
+        tensors: the state dict where it was gathered elsewhere; how: see write_weights."""
+        write_weights(folder, self.state_dict() if tensors is None else tensors, self.hf_config(), **how)
+
+
+# what the originals' and transformers' configurations offer beside these models
+SAME = dict(
+    d_intermediate=0, attn_layer_idx=[], rms_norm=True, tie_embeddings=True, tie_word_embeddings=True, hidden_act="silu", use_bias=False,
+    use_conv_bias=True, layer_norm_epsilon=1e-5, time_step_limit=[0.0, math.inf], dt_limit=[0.0, math.inf], D_has_hdim=False,
+    bias=False, conv_bias=True, norm_before_gate=False, rmsnorm=True,
+)  # fmt: skip
+HUB = {n: f"state-spaces/{n}" for n in "mamba-130m mamba-370m mamba-790m mamba-1.4b mamba-2.8b".split()}
+HUB |= {n: f"state-spaces/{n}" for n in "mamba2-130m mamba2-370m mamba2-780m mamba2-1.3b mamba2-2.7b".split()}
+TOK = {50280: "EleutherAI/gpt-neox-20b", 50288: "EleutherAI/gpt-neox-20b", 50277: "EleutherAI/gpt-neox-20b"}
+
+
+# ----- cli (shared) -----
+ME = Path(__file__).stem
+CHOICES = dict(optim=["adamw", "muon", "adamw8bit"], dtype=["auto", "fp32", "bf16"], device=["cpu", "cuda", "mps"])
+NAMES = [f.name for f in fields(Config)]
+SIZES = NAMES[: NAMES.index("preset")]  # the fields that describe the model; the others describe the run
+POSITIVE = "seq batch accum steps lr eval_every eval_iters log_every tokens".split()
+POSITIVE += [f.name for f in fields(Config) if f.name in SIZES and f.default]
+FRACTION = "dropout beta2 lr_end".split()
+
+
+def bad(message):
+    """A user's mistake: one line that says what is wrong and what would be right, exit code 2."""
+    print(f"{ME}.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def parse(argv=None):
+    """The flags are the fields of Config, their help the comments there. Returns (the preset's values, the flags given)."""
+    notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(Config), re.M))
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    p.error = bad
+    for f in fields(Config):
+        how = dict(type=f.type, metavar="X") if f.type is not list else dict(nargs="+", metavar="X")
+        how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else how
+        p.add_argument(flag(f.name), default=argparse.SUPPRESS, help=f"{notes[f.name]}  [{f.default!r}]", **how)
+    given = vars(p.parse_args(argv))
+    for k, v in given.items():
+        if k in CHOICES and v not in CHOICES[k]:
+            bad(f"{flag(k)} {v}: one of {', '.join(CHOICES[k])}")
+        if type(v) in (int, float) and not (0 < v < math.inf if k in POSITIVE else 0 <= v < math.inf):
+            bad(f"{flag(k)} {v}: must be {'positive' if k in POSITIVE else '0 or more'}")
+        if k in FRACTION and v > 1 or k in ("dropout", "beta2") and v == 1 or k == "top_p" and not 0 < v <= 1:
+            bad(f"{flag(k)} {v}: must be between 0 and 1")
+    preset = given.get("preset") or ("gpu" if torch.cuda.is_available() else "cpu")
+    if preset not in PRESETS:
+        bad(f"--preset {preset}: one of {', '.join(PRESETS)}")
+    return dict(out=f"out/{ME}") | PRESETS[preset] | dict(preset=preset), given
+
+
+# ----- end -----
+
+
+# ----- data (shared) -----
+class Tokenizer:
+    """encode: str -> array of ids, decode: ids -> str. kind: char | byte | gpt2 | a tokenizer.json, or its hub name | a RWKV vocabulary."""
+
+    def __init__(self, kind, chars=""):
+        self.kind, self.chars = kind, chars  # chars: the sorted characters of kind char; an id is a place among them
+        try:
+            if kind == "char":
+                self.vocab, self.encode, self.decode = len(chars), self.places, lambda ids: "".join(chars[i] for i in ids)
+            elif kind == "byte":
+                self.vocab, self.encode = 256, lambda text: np.frombuffer(text.encode(), np.uint8)
+                self.decode = lambda ids: bytes(ids).decode(errors="replace")
+            elif kind == "gpt2":
+                import tiktoken
+
+                bpe = tiktoken.get_encoding("gpt2")
+                self.vocab, self.decode = bpe.n_vocab, bpe.decode
+                self.encode = lambda text: np.array(bpe.encode_ordinary(text), np.int64)
+            elif kind.endswith(".json") or re.fullmatch(r"[\w.-]+/[\w.-]+", kind) and not Path(kind).exists():
+                import tokenizers
+
+                hf = (tokenizers.Tokenizer.from_file if kind.endswith(".json") else tokenizers.Tokenizer.from_pretrained)(kind)
+                self.vocab, self.decode = hf.get_vocab_size(), hf.decode
+                self.encode = lambda text: np.array(hf.encode(text, add_special_tokens=False).ids, np.int64)
+            elif Path(kind).is_file():  # RWKV: each line is an id, the token as a Python literal, and its length
+                lines = [re.match(r"(\d+) (.+) \d+$", s).groups() for s in open(kind, encoding="utf-8")]
+                words = {int(i): w if isinstance(w := ast.literal_eval(s), bytes) else w.encode() for i, s in lines}
+                self.vocab, self.ids = 1 << max(words).bit_length(), {w: i for i, w in words.items()}
+                self.encode = self.longest
+                self.decode = lambda ids: b"".join(words.get(i, b"") for i in ids).decode(errors="replace")
+            else:
+                bad(f"--tok {kind}: one of char, byte, gpt2, or the path of a tokenizer.json or a RWKV vocabulary")
+        except Exception as e:  # each library has its own exceptions, for a damaged file as for a missing network
+            hint = "; its table is not cached and not to be had: --tok byte needs none" if kind == "gpt2" else ""
+            bad(f"--tok {kind}: cannot be used{hint} ({type(e).__name__})")
+
+    def places(self, text):
+        known, codes = np.array([ord(c) for c in self.chars]), np.frombuffer(text.encode("utf-32-le"), "<u4")
+        ids = np.searchsorted(known, codes).clip(max=len(known) - 1)
+        if (wrong := codes[known[ids] != codes]).size:
+            bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); --tok byte knows every text")
+        return ids
+
+    def longest(self, text):  # greedy: the longest word that the text goes on with
+        raw, ids, at, most = text.encode(), [], 0, max(map(len, self.ids))
+        while at < len(raw):
+            n = next(n for n in range(most, 0, -1) if raw[at : at + n] in self.ids)
+            ids.append(self.ids[raw[at : at + n]])
+            at += n
+        return np.array(ids, np.int64)
+
+
+class Stream:
+    """The tokens of one split: shards end to end. A window of seq + 1 tokens never crosses from one shard into the next."""
+
+    def __init__(self, shards, cfg, name):
+        self.shards = [s for s in shards if len(s) > cfg.seq]
+        self.name = f"the {name} split of --data {cfg.data}"
+        if not self.shards:
+            bad(f"--seq {cfg.seq}: {self.name} has only {max(map(len, shards), default=0):,} tokens in a piece")
+        self.seq, self.vocab, self.tokens = cfg.seq, cfg.vocab, sum(map(len, shards))
+        self.first = np.cumsum([0] + [len(s) - cfg.seq for s in self.shards])  # number of each shard's first window, and of all
+
+    def windows(self, numbers):
+        """Window numbers (n) -> inputs and targets (n, seq) int64; a target is the token after its input."""
+        rows = []
+        for i in numbers:
+            s = np.searchsorted(self.first, i, side="right") - 1
+            rows.append(self.shards[s][i - self.first[s] :][: self.seq + 1])
+        w = torch.from_numpy(np.stack(rows).astype(np.int64))
+        if w.max() >= self.vocab:
+            bad(f"{self.name}: token id {w.max()} is outside the vocabulary of {self.vocab}; --tok must be the data's own")
+        return w[:, :-1].contiguous(), w[:, 1:].contiguous()
+
+    def batch(self, cfg, step, micro, rank, world):
+        """A pure function of (seed, step, micro), split over the processes: any number of them sees the same data."""
+        numbers = np.random.default_rng((cfg.seed, step, micro)).integers(self.first[-1], size=cfg.batch)
+        return self.windows(numbers[rank::world])
+
+    def start(self):
+        """What the sample at the end of a run begins with: the first token."""
+        return self.shards[0][:1]
+
+    def fixed(self, cfg):
+        """The evaluation's windows: all that fit without overlap, or eval_iters batches spread evenly."""
+        whole = np.arange(0, self.first[-1], self.seq)
+        n = cfg.eval_iters * cfg.batch
+        return whole if len(whole) <= n else np.linspace(0, self.first[-1] - 1, n).astype(np.int64)
+
+
+def shard(path):
+    """Memory-mapped tokens of nanoGPT's .bin (no header, uint16, uint32 above 65,536 words) or llm.c's (header of 1024 bytes)."""
+    head = np.fromfile(path, "<i4", 256)
+    if len(head) == 256 and head[0] in (20240520, 20240801):
+        tokens = np.memmap(path, "<u2" if head[0] == 20240520 else "<u4", "r", offset=1024)
+        if len(tokens) != head[2]:
+            bad(f"{path}: {len(tokens):,} tokens where its header says {head[2]:,}: the file is cut or damaged")
+        return tokens
+    meta = path.parent / "meta.json"
+    wide = meta.is_file() and json.loads(meta.read_text())["vocab_size"] > 65536
+    return np.memmap(path, "<u4" if wide else "<u2", "r") if path.stat().st_size else np.empty(0, np.uint16)
+
+
+class PlainPickle(pickle.Unpickler):
+    """For nanoGPT's meta.pkl: dicts, strings and numbers only. It can name no class or function, so no code can run."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+
+
+def prepared(cfg, given, tok):
+    """The folder of a set in data/, made by data/<name>.py the first time. Without a network stdlib stands in for the default."""
+    script = Path(__file__).parent / "data" / f"{cfg.data}.py"
+    kind = cfg.tok or re.search(r'^NAME, TOK = "\w+", "(\w+)"', script.read_text(), re.M).group(1)
+    folder = script.with_suffix("") / kind
+    if not (folder / "meta.json").is_file():
+        r = subprocess.run([sys.executable, script, "--tok", kind], stderr=subprocess.PIPE, text=True)
+        said = (r.stderr.strip().splitlines() or ["it failed"])[-1]
+        if r.returncode and cfg.data == "shakespeare" and not given.keys() & {"data", "resume"} and not tok:
+            print(f"!!! {said}\n!!! training on the source of Python's own library instead: --data stdlib --tok byte")
+            cfg.data, cfg.tok = "stdlib", "byte"
+            return prepared(cfg, given, tok)
+        if r.returncode:
+            bad(said)
+    return folder
+
+
+def load_text(cfg, given, tok):
+    """-> (training Stream, validation Stream, Tokenizer); sets cfg.tok and cfg.vocab. tok: a checkpoint's, which must fit."""
+    folder, text = Path(__file__).parent / "data", None
+    cfg.tok = cfg.tok or (tok.kind if tok else "")
+    if not folder.is_dir() and cfg.data in ("shakespeare", "stdlib") and "data" not in given:  # this file alone
+        print("!!! no data/ beside this file: training on the source of Python's own library; --data my.txt for your text")
+        root = Path(sysconfig.get_paths()["stdlib"])
+        text = "\n".join(f.read_text(errors="replace") for f in sorted([*root.glob("*.py"), *root.glob("*/*.py")]))
+        cfg.data, cfg.tok = "stdlib", "byte"
+    elif cfg.data.endswith((".txt", ".jsonl")):
+        try:
+            text = Path(cfg.data).read_bytes().decode()  # bytes: no newline is translated
+            if cfg.data.endswith(".jsonl"):
+                text = "\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+        except OSError as e:
+            bad(f"--data {cfg.data}: {e.strerror}")
+        except (ValueError, KeyError, TypeError) as e:
+            bad(f'--data {cfg.data}: not UTF-8, or a line without {{"text": "..."}} ({type(e).__name__}: {e})')
+    if text is not None:
+        kind = cfg.tok = cfg.tok or "char"
+        chars = tok.chars if tok else "".join(sorted(set(text)))
+        tok = tok or Tokenizer(kind, chars if kind == "char" else "")
+        cut = int(len(text) * 0.9)  # nanoGPT's split: the last tenth of the characters
+        parts = dict(train=[tok.encode(text[:cut])], val=[tok.encode(text[cut:])])
+    else:
+        texts = [f.stem for f in folder.glob("*.py") if "NAME, TOK = " in f.read_text()]  # the others are pictures
+        where = prepared(cfg, given, tok) if cfg.data in texts else Path(cfg.data)
+        files = sorted(where.glob("*.bin")) if where.is_dir() else [Path(f) for f in sorted(glob.glob(str(where)))]
+        files = [f for f in files if f.suffix == ".bin"]
+        if not files:
+            names = ", ".join(sorted(texts))
+            bad(f"--data {cfg.data}: no .txt, .jsonl, folder or glob of .bin shards" + (f", nor one of {names}" if names else ""))
+        meta, old = files[0].parent / "meta.json", files[0].parent / "meta.pkl"
+        kind, chars = cfg.tok or "gpt2", ""
+        try:
+            if meta.is_file():
+                m = json.loads(meta.read_text())
+                kind, chars = m["tok"], m.get("chars", "")
+            elif old.is_file():
+                m = PlainPickle(open(old, "rb")).load()
+                kind, chars = "char", "".join(m["itos"][i] for i in range(m["vocab_size"]))
+        except Exception as e:  # JSON and pickle have many
+            bad(f"{files[0].parent}: meta.json or meta.pkl is damaged ({e})")
+        if tok and (tok.kind, tok.chars) != (kind, chars) or cfg.tok and cfg.tok != kind:
+            bad(f"--data {cfg.data}: its tokens are {kind}, but {tok.kind if tok else cfg.tok} is asked for, or other characters")
+        cfg.tok, tok = kind, tok or Tokenizer(kind, chars)
+        val = [f for f in files if "val" in f.name]
+        parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name], val=[shard(f) for f in val])
+        if not val:  # shards without a split: the last tenth of the last one
+            *rest, last = parts["train"]
+            parts = dict(train=[*rest, last[: len(last) * 9 // 10]], val=[last[len(last) * 9 // 10 :]])
+    if cfg.vocab and cfg.vocab < tok.vocab:
+        bad(f"--vocab {cfg.vocab}: the tokenizer {cfg.tok} has {tok.vocab:,} tokens")
+    cfg.vocab = cfg.vocab or tok.vocab
+    return Stream(parts["train"], cfg, "train"), Stream(parts["val"], cfg, "val"), tok
+
+
+# ----- end -----
+
+
+# ----- load (shared) -----
+load_data = load_text
+
+
+# ----- end -----
+
+
+# ----- schedule (shared) -----
+def schedule(step, cfg):
+    """-> factors of --lr and --wd: linear warm-up to 1, then half a cosine down to lr_end; the decay stays."""
+    r = min(1.0, (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup))
+    lr = (step + 1) / (cfg.warmup + 1) if r < 0 else cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * r))
+    return lr, 1.0
+
+
+# ----- end -----
+
+
+# ----- optimizer (shared) -----
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step, 0.2 sqrt(max(m, n)) (Liu et al. 2025, arXiv:2502.16982).
+
+    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1. torch.optim.Muon
+    does it in bf16, which a CPU without bf16 units does at 1/100 of its speed; here in fp32 there, matrices of a shape at once.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+                    self.state[p].setdefault("momentum", torch.zeros_like(p))
+            for shape, ps in shapes.items():
+                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row makes a channel
+                grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
+                torch._foreach_lerp_(M, grads, 1 - group["momentum"])
+                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov's look ahead
+                X = X.bfloat16() if X.is_cuda else X
+                X = X.mT if m > n else X
+                X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+                for _ in range(5):
+                    A = X @ X.mT
+                    X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+                X = X.mT if m > n else X
+                torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
+
+
+def make_optimizers(model, cfg):
+    """[AdamW], or [Muon for the groups that the model marks as `matrix`, AdamW for the rest]."""
+    groups = [{"lr_scale": 1.0, "matrix": False, "wd": g["weight_decay"]} | g for g in model.param_groups(cfg.wd)]
+    held = sorted(id(p) for g in groups for p in g["params"])
+    assert held == sorted(id(p) for p in model.parameters() if p.requires_grad), "every parameter is in one group"
+    how = dict(lr=cfg.lr, betas=(0.9, cfg.beta2))
+    if cfg.fsdp and cfg.optim != "adamw":
+        bad(f"--optim {cfg.optim}: it needs whole tensors, and --fsdp splits them; --optim adamw does not")
+    try:
+        from kernels.adamw import AdamW, AdamW8bit
+    except ModuleNotFoundError:
+        if cfg.optim == "adamw8bit":
+            bad("--optim adamw8bit: it needs the folder kernels/ beside this file")
+        AdamW = functools.partial(torch.optim.AdamW, fused=True)
+    averages = model.averages() if hasattr(model, "averages") else []
+    if cfg.optim == "adamw8bit":
+        return [AdamW8bit(groups, **how), *averages]
+    if cfg.optim == "adamw":
+        return [AdamW(groups, **how), *averages]
+    matrices, others = ([g for g in groups if g["matrix"] is m] for m in (True, False))
+    return [Muon(matrices, cfg.lr, cfg.wd), AdamW(others, **how), *averages]
+
+
+def swap(optimizers):
+    """Averages of the weights, where a model asks for them, take the weights' place; or make way for them again."""
+    for o in optimizers:
+        if hasattr(o, "swap"):
+            o.swap()
+
+
+def set_lr(optimizers, step, cfg):
+    """lr and weight decay of this step: what the groups began with, times schedule(); a group's lr_scale multiplies its lr."""
+    lr, wd = schedule(step, cfg)
+    for group in (g for o in optimizers for g in o.param_groups):
+        group["lr"], group["weight_decay"] = cfg.lr * lr * group["lr_scale"], group["wd"] * wd
+    return cfg.lr * lr
+
+
+# ----- end -----
+
+
+# ----- checkpoint (shared) -----
+def write_file(path, write):
+    """write(a temporary path), onto the disk, rename: at any instant path is the whole old file or the whole new one."""
+    tmp = f"{path}.tmp"
+    write(tmp)
+    with open(tmp, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def write_weights(folder, tensors, config, name="model", new="", step=None):
+    """<name>.safetensors and its config, as the family's own library loads them. new, step: see save()."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    config_name = "adapter_config.json" if name == "adapter_model" else "config.json"
+    write_file(f"{folder}/{config_name}", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
+    tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
+    write_file(f"{folder}/{name}.safetensors{new}", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
+
+
+def find_checkpoint(source):
+    """A folder, a file, or a model's name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
+    if Path(source).exists():
+        return Path(source)
+    try:
+        from huggingface_hub import hf_hub_download, snapshot_download
+
+        if len(parts := source.split("/")) > 2:
+            return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+        path = Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
+        return path if [*path.glob("*.safetensors")] else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"]))
+    except Exception as e:  # no such name, no network, no library
+        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); a hub name is owner/name")
+
+
+def read_checkpoint(path):
+    """A folder, or a weights file in one -> (config.json as a dict, tensors by name). Only plain tensors are ever unpickled."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
+        if path.is_file():
+            files = [path]
+        elif index.is_file():
+            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        else:
+            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file() else "pytorch_model.bin")]
+        tensors = {}
+        for f in files:
+            tensors |= load_file(f) if f.suffix == ".safetensors" else torch.load(f, map_location="cpu", weights_only=True)
+        return config, tensors
+    except FileNotFoundError as e:
+        bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
+    except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
+        bad(f"{path}: damaged, or not a checkpoint ({str(e).splitlines()[0][:120]})")
+
+
+def load_strict(model, tensors, path):
+    """Copy tensors into the model; one that is missing, left over or of another shape is named and refused."""
+    own = model.state_dict()
+    for k in sorted(own.keys() | tensors.keys()):
+        if k not in tensors or k not in own:
+            bad(f"{path}: {'no tensor' if k in own else 'unknown tensor'} {k}")
+        if tensors[k].shape != own[k].shape:
+            bad(f"{path}: {k} is {tuple(tensors[k].shape)}, but {tuple(own[k].shape)} is asked for")
+    model.load_state_dict(tensors)
+
+
+def sharded(cfg):
+    """With --fsdp every process holds a part: these make and take whole state dicts on the first one."""
+    from torch.distributed.checkpoint import state_dict as D
+
+    return D, D.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def save(cfg, model, optimizers, tok, step, best):
+    """The run's folder. Both large files are whole on the disk before the first rename, which decides (load_run ends the second)."""
+    weights, states = model.state_dict, [o.state_dict for o in optimizers]
+    if cfg.fsdp:
+        D, how = sharded(cfg)
+        weights = functools.partial(D.get_model_state_dict, model, options=how)
+        states = [functools.partial(D.get_optimizer_state_dict, model, o, options=how) for o in optimizers]
+    weights, states = weights(), [s() for s in states]
+    if int(os.environ.get("RANK", 0)) == 0:
+        model.save_pretrained(cfg.out, weights, new=".new", step=step)
+        kind = dict(tok=tok.kind, chars=tok.chars)
+        write_file(f"{cfg.out}/tok.json", lambda tmp: Path(tmp).write_text(json.dumps(kind)))
+        state = dict(config=asdict(cfg), optimizers=states, step=step, best=best)
+        write_file(f"{cfg.out}/train_state.pt", lambda tmp: torch.save(state, tmp))
+        for new in Path(cfg.out).rglob("*.safetensors.new"):
+            os.replace(new, new.with_suffix(""))
+
+
+def load_run(out):
+    """What save() left in train_state.pt, or None."""
+    path = Path(out, "train_state.pt")
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for new in Path(out).rglob("*.safetensors.new"):
+            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of train_state.pt's step here
+                if f.metadata()["step"] == str(state["step"]):
+                    os.replace(new, new.with_suffix(""))
+        return state
+    except Exception as e:  # a damaged zip, a foreign pickle, a file that is no dict
+        bad(f"{path}: damaged, or not of this program ({str(e).splitlines()[0][:120]})")
+
+
+def load_tokenizer(path, vocab):
+    """The tokenizer beside a checkpoint; without one the family's, where the vocabulary is its; or None."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / "tok.json").is_file():
+        kind = json.loads((folder / "tok.json").read_text())
+        return Tokenizer(kind["tok"], kind["chars"])
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer(str(folder / "tokenizer.json"))
+    return Tokenizer(TOK[vocab]) if vocab in TOK else None
+
+
+# ----- end -----
+
+
+# ----- train (shared) -----
+def pick_device(cfg):
+    """-> (device, rank, world size); under torchrun each process takes its own GPU."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, rank, world = cfg.device or best, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if kind != "cpu" and kind != best:
+        bad(f"--device {kind}: this machine, or this PyTorch, has none; --device cpu works everywhere")
+    if cfg.batch % world:
+        bad(f"--batch {cfg.batch}: must be divisible by the {world} processes that share it")
+    if cfg.fsdp and "RANK" not in os.environ:
+        bad("--fsdp: start it with torchrun --nproc_per_node=N")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    elif sys.platform == "linux":  # glibc: keep freed memory for the next step instead of returning its pages, 4 to 8% of a step
+        ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return device, rank, world
+
+
+def bf16_pays(device, model, batch):
+    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if they are faster, a whole micro-step."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False), "auto"
+
+    def fastest(run):
+        times = [(time.perf_counter(), run(), time.perf_counter()) for _ in range(3)]
+        return min(end - start for start, _, end in times)
+
+    def step(enabled):
+        with torch.autocast(device.type, torch.bfloat16, enabled):
+            loss = model(*batch)
+        loss.backward()
+        model.zero_grad()
+
+    a = torch.randn(256, 256, device=device)
+    b = a.bfloat16()
+    if fastest(lambda: b @ b) > fastest(lambda: a @ a):
+        return False, "auto: matrices multiply more slowly in bf16 here"
+    fp32, bf16 = fastest(lambda: step(False)), fastest(lambda: step(True))
+    return bf16 < fp32, f"auto: a micro-step takes {fp32 * 1e3:.0f} ms in fp32, {bf16 * 1e3:.0f} ms in bf16"
+
+
+@torch.no_grad()
+def evaluate(model, stream, cfg, device, cast):
+    """Mean loss over the split's fixed windows. Every process does them all, so that the number does not depend on how many."""
+    model.eval()
+    total, numbers = 0.0, stream.fixed(cfg)
+    for i in range(0, len(numbers), cfg.batch):
+        batch = [t.to(device) for t in stream.windows(numbers[i : i + cfg.batch])]
+        with torch.autocast(device.type, torch.bfloat16, cast):
+            total += model(*batch).item() * len(batch[0])
+    model.train()
+    return total / len(numbers)
+
+
+def train(cfg, given, model, tok, state):
+    """model, tok: from a checkpoint, or None; state: load_run()'s of the run that goes on, or None. Returns the last val loss."""
+    device, rank, world = pick_device(cfg)
+    say = print if rank == 0 else lambda *a, **k: None
+    if rank:
+        dist.barrier()  # the first process downloads and prepares, the others find it done
+    train_data, val_data, tok = load_data(cfg, given, tok)
+    if world > 1 and not rank:
+        dist.barrier()
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        Path(cfg.out, "log.csv").open("a").close()
+    except OSError as e:
+        bad(f"--out {cfg.out}: {e.strerror}")
+    torch.manual_seed(cfg.seed)
+    model = (model or Model(cfg)).to(device)
+    model.cfg = cfg
+    run = model.objective() if hasattr(model, "objective") else model  # a batch -> the loss
+    cast, why = cfg.dtype == "bf16", "asked for"
+    if cfg.dtype == "auto":
+        cast, why = bf16_pays(device, run, [t.to(device) for t in train_data.batch(cfg, 0, 0, rank, world)])
+    if world > 1:
+        (cast, why), _ = shared = [(cast, why), None]
+        dist.broadcast_object_list(shared)
+        cast, why = shared[0]
+    if hasattr(model, "prepare"):
+        model.prepare(cast)
+    if cfg.fsdp:
+        from torch.distributed.fsdp import fully_shard
+
+        for part in [*(m for m in model.modules() if isinstance(m, Block)), model]:
+            fully_shard(part, mesh=dist.device_mesh.init_device_mesh(device.type, (world,)))
+    optimizers = make_optimizers(model, cfg)
+    step, best, val, rows = 0, math.inf, None, []
+    if state:
+        step, best, val = state["step"], state["best"], None
+        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline="")) if r and r[0].isdigit() and int(r[0]) <= step]
+        for o, s in zip(optimizers, state["optimizers"]):
+            if cfg.fsdp:
+                D, how = sharded(cfg)
+                D.set_optimizer_state_dict(model, o, s, options=how)
+            else:
+                o.load_state_dict(s)
+        swap(optimizers)  # the weights on the disk are the averages
+    run = run if cfg.fsdp or world == 1 else nn.parallel.DistributedDataParallel(run)
+    run = torch.compile(run) if cfg.compile else run
+
+    unit, seq = getattr(train_data, "unit", "token"), getattr(cfg, "seq", 1)
+    per_step, params = cfg.batch * cfg.accum * seq, [p for p in model.parameters() if p.requires_grad]
+    ops = sys.modules.get("kernels.norm")
+    form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
+    about = train_data.about() if unit != "token" else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}"
+    say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {about}")
+    say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | {cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
+    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | {form}{' | compiled' * cfg.compile}")
+
+    log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
+    log.writerows([("step", f"{unit}s", "seconds", "loss", "val", "lr", "norm", f"{unit[:3]}_s"), *rows])
+    stop, before = [], float(rows[-1][2]) if rows else 0.0
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda *_: stop.append(1))
+    wrong = torch.full((), -1, device=device)  # the first step whose loss or gradient was not finite
+    halt = False  # stop, read once a step: a signal that comes later waits for the next
+    begun, saved, start, mark = step, step if state else None, time.perf_counter(), (time.perf_counter(), step)
+    while step < cfg.steps and not halt:
+        lr, total = set_lr(optimizers, step, cfg), 0.0
+        for micro in range(cfg.accum):
+            batch = [t.to(device, non_blocking=True) for t in train_data.batch(cfg, step, micro, rank, world)]
+            torch.manual_seed(hash((cfg.seed, step, micro, rank)) % 2**63)  # dropout is a function of the step, too
+            last = micro == cfg.accum - 1
+            if cfg.fsdp:
+                model.set_requires_gradient_sync(last)
+            with contextlib.nullcontext() if last or world == 1 or cfg.fsdp else run.no_sync():
+                with torch.autocast(device.type, torch.bfloat16, cast):
+                    loss = run(*batch) / cfg.accum
+                loss.backward()
+            total = total + loss.detach()
+        norm = nn.utils.clip_grad_norm_(params, cfg.clip or math.inf)
+        norm = norm.full_tensor() if cfg.fsdp else norm
+        wrong = torch.where((wrong < 0) & ~(total + norm).isfinite(), step + 1, wrong)
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+        step += 1
+        if world > 1:  # the mean loss; and all processes stop after the same step
+            both = torch.stack([total / world, torch.full_like(total, len(stop))])
+            dist.all_reduce(both)
+            total, halt = both[0], both[1].item() > 0
+        else:
+            halt = bool(stop)
+        due = step % cfg.eval_every == 0 or step == cfg.steps or halt
+        if not (due or step % cfg.log_every == 0 or step == begun + 1 or device.type == "cpu"):
+            continue  # from here on the GPU is waited for
+        if wrong.item() >= 0:
+            good = "no checkpoint yet" if saved is None else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})"
+            bad(f"step {wrong.item()}: the loss is not finite; {good}; a smaller --lr helps")
+        if due:
+            swap(optimizers)
+            save(cfg, model, optimizers, tok, step, best)  # before evaluating: whatever happens there, the work is kept
+            saved = step
+        if due and not halt:
+            val = evaluate(run, val_data, cfg, device, cast)
+            best = min(best, val)
+            if hasattr(model, "snapshot") and rank == 0 and not cfg.fsdp:
+                model.snapshot(tok, val_data.start(), step)
+        if due:
+            swap(optimizers)
+        if due or step % cfg.log_every == 0 or step == begun + 1:
+            now = time.perf_counter()
+            speed, mark = per_step * (step - mark[1]) / (now - mark[0]), (now, step)
+            left = (now - start) / (step - begun) * (cfg.steps - step)
+            peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mb()
+            v = repr(val) if due and not halt else ""
+            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr, repr(norm.item()), f"{speed:.0f}"))
+            shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
+            say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
+                f"{speed:,.0f} {unit[:3]}/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
+    if halt:
+        say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
+    else:
+        swap(optimizers)
+        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended before has none yet
+        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, after {before + time.perf_counter() - start:.0f} s of training")
+        if not cfg.fsdp and rank == 0:
+            show(cfg, model, tok, val_data.start())
+        say(f"model.safetensors, config.json, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample \"...\"")
+    if "RANK" in os.environ:
+        dist.destroy_process_group()
+    return val
+
+
+def peak_mb():
+    """The process's largest resident memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ----- end -----
+
+
+# ----- sample (shared) -----
+def draw(logits, cfg, generator):
+    """logits (B, V) -> tokens (B, 1): the most likely, or drawn after temperature, top-k and top-p."""
+    if cfg.temp == 0:
+        return logits.argmax(-1, keepdim=True)
+    p = F.softmax(logits.float() / cfg.temp, dim=-1)
+    if 0 < cfg.top_k < p.shape[-1]:
+        p = p.where(p >= p.topk(cfg.top_k).values[:, -1:], 0)
+    if cfg.top_p < 1:
+        q, order = p.sort(dim=-1, descending=True)
+        q = q.where(q.cumsum(-1) - q <= cfg.top_p * q.sum(-1, keepdim=True), 0)  # the one that crosses the line is kept
+        p = torch.zeros_like(p).scatter(-1, order, q)
+    return torch.multinomial(p, 1, generator=generator)
+
+
+@torch.inference_mode()
+def generate(model, tokens, cfg):
+    """tokens (1, T) -> yields cfg.tokens times the next id and the cache or state; each costs one step()."""
+    model.eval()
+    generator = torch.Generator(tokens.device).manual_seed(cfg.seed)
+    limit = model.context or math.inf  # a recurrent model has none
+    seen, new, held, state, stop = tokens, tokens, 0, model.init_state(1), getattr(model, "stop", ())  # ids that end an answer
+    for _ in range(cfg.tokens):
+        if held + new.shape[1] > limit:  # the context is full: begin again with its later half
+            held, new, state = 0, seen[:, -max(1, limit // 2) :], model.init_state(1)
+        logits, state = model.step(new, state)
+        held += new.shape[1]
+        new = draw(logits, cfg, generator)
+        seen = torch.cat([seen, new], 1) if model.context else new
+        if new.item() in stop:
+            break
+        yield new.item(), state
+    model.train()
+
+
+def show(cfg, model, tok, ids):
+    """Print what follows the array ids, as it is made; ids wait until they end a character."""
+    if not len(ids) or ids.max() >= model.cfg.vocab:
+        bad("--sample: the text is empty, or has a token that the model does not know")
+    print(tok.decode(ids.tolist()), end="", flush=True)
+    ids = torch.from_numpy(ids.astype(np.int64))[None]  # (1, T)
+    waiting, count, state, start = [], 0, {}, time.perf_counter()
+    for count, (i, state) in enumerate(generate(model, ids.to(next(model.parameters()).device), cfg), 1):
+        waiting += [i] if i < tok.vocab else []  # a padded head can name tokens that do not exist
+        if not (piece := tok.decode(waiting)).endswith("\ufffd") or len(waiting) > 8:
+            print(piece, end="", flush=True)
+            waiting = []
+    print(tok.decode(waiting), flush=True)
+    size, speed = sum(v.nbytes for v in state.values() if torch.is_tensor(v)), count / (time.perf_counter() - start)
+    print(f"[{count:,} tokens, {speed:,.0f} a second, {size:,} bytes of state]", file=sys.stderr)
+
+
+def sample(cfg, model, tok):
+    if tok is None:
+        bad("--sample: the checkpoint has no tokenizer; --tok names one")
+    show(cfg, model, tok, tok.encode(cfg.sample))
+
+
+SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from, and flags that ask something of it
+ACTIONS = dict(sample=sample)
+
+
+# ----- end -----
+
+
+# ----- main (shared) -----
+def main(argv=None):
+    preset, given = parse(argv)
+    origin = next((k for k in SOURCES if given.get(k)), None)
+    action = next((k for k in ACTIONS if given.get(k, False) is not False), None)
+    out, model, tok, state = given.get("out", preset["out"]), None, None, None
+    if given.get("resume") or action and not origin:
+        state, wanted = load_run(out), "resume" if given.get("resume") else action
+        if origin or state is None and (wanted == "resume" or not Path(out, "config.json").is_file()):
+            reason = f"{flag(origin)} starts another run: one of the two" if origin else f"no run in {out}; --out names its folder"
+            bad(f"{flag(wanted)}: {reason}")
+        kept = {k: v for k, v in (state or {}).get("config", {}).items() if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
+        origin, source, preset = "init", out, preset | kept | dict(out=out)
+    else:
+        origin = origin or next((k for k in SOURCES if preset.get(k)), None)
+        source = (preset | given).get(origin)
+    if source:
+        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items() if k not in SOURCES and (k in given or k not in SIZES)})
+        source = source if isinstance(source, str) else source[0]
+        tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), getattr(model.cfg, "vocab", 0))
+        preset |= {k: getattr(model.cfg, k) for k in SIZES}
+    cfg = Config(**preset | given)
+    if not action:
+        return train(cfg, given, model, tok, state if cfg.resume else None)
+    device, _, _ = pick_device(cfg)
+    ACTIONS[action](cfg, model.to(device), tok or (Tokenizer(cfg.tok) if getattr(cfg, "tok", "") else None))
+
+
+if __name__ == "__main__":
+    main()
+# ----- end -----
