@@ -246,6 +246,7 @@ PEERS = {
     "bitnet.py": {"transformers BitNet": transformers_bitnet, "transformers Llama": transformers_llama, "bitnet.py --bits 16": bitnet_twin},
     "moe.py": {"transformers Mixtral": transformers_mixtral},
     "dit.py": {"facebookresearch DiT": meta_dit, "diffusers": diffusers_dit},
+    "unet.py": {"diffusers UNet2DModel": diffusers_unet, "diffusers UNet2DConditionModel": diffusers_unet_condition},
 }
 
 
