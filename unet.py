@@ -611,8 +611,9 @@ class Model(Diffusion):
         return super().loss_at(x0, cond, u, noise, mask)
 
     def prepare(self, cast):
-        """Before training: the weights in the order of the pictures."""
-        self.to(memory_format=layout(self.conv_in.weight))
+        """Before training: the weights of convolutions in the order of the pictures."""
+        for p in (p for p in self.parameters() if p.ndim == 4):
+            p.data = p.data.contiguous(memory_format=layout(p))
 
     def param_groups(self, weight_decay):
         """Matrices and convolutions decay, vectors do not; `matrix` marks what Muon may orthogonalise."""
@@ -732,7 +733,7 @@ class PlaceAttention(Attention):
 class VAE(nn.Module):
     """q(z | x) = N(mean, exp(logvar)), with the names of diffusers' AutoencoderKL; each level but the last halves the side."""
 
-    objective, averages, snapshot = Diffusion.objective, Diffusion.averages, Diffusion.snapshot
+    objective, averages, snapshot, prepare = Diffusion.objective, Diffusion.averages, Diffusion.snapshot, Model.prepare
 
     def __init__(self, cfg):
         super().__init__()
@@ -781,8 +782,6 @@ class VAE(nn.Module):
         x0, x = self.seen
         return torch.stack([x0.expand_as(x), x], 1).flatten(0, 1)[: len(cond)]
 
-    def prepare(self, cast):
-        self.to(memory_format=layout(self.spread))
 
     def param_groups(self, weight_decay):
         matrices, vectors = ([p for p in self.parameters() if (p.ndim > 1) is m] for m in (True, False))
