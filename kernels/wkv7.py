@@ -196,8 +196,8 @@ if triton is not None:
 
     @triton.jit
     def prepare_tile(r, w, k, a, b, o, m, i, j, LOG: tl.constexpr):
-        """-> q_a, q_r, p_k, p_b [BT, BN], A_ak, A_rk, A_rb, (1 - A_ab)^{-1} [BT, BT] as operands of products, e^m [1, BN], and the
-        factors of a, of r, and of k and b [BT, BN] fp32."""
+        """-> q_a, q_r, p_k, p_b [BT, BN], A_ak, A_rk, A_rb [BT, BT] as operands of products; (1 - A_ab)^{-1} [BT, BT] in fp32, for
+        where keys repeat it takes differences of nearly equal rows; e^m [1, BN]; the factors of a, of r, of k and b [BT, BN]."""
         t = r.dtype.element_ty
         b_w = load(w, o, m)
         c, mid = tl.cumsum(b_w, 0), tl.sum(b_w, 0, keep_dims=True) * 0.5
@@ -214,7 +214,7 @@ if triton is not None:
         for e in tl.static_range(1, LOG):
             between = tl.where(((i >> (e + 1)) == (j >> (e + 1))) & ((i >> e) != (j >> e)), A_ab, 0.0)
             M += product(product(M, between), M)
-        return q_a, q_r, p_k, p_b, A_ak, A_rk, A_rb, M.to(t), tl.exp(mid), before, up, down
+        return q_a, q_r, p_k, p_b, A_ak, A_rk, A_rb, M, tl.exp(mid), before, up, down
 
     @triton.jit
     def wkv7_fwd_kernel(r, w, k, v, a, b, initial, y, states, final, H, T, N: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
@@ -239,7 +239,7 @@ if triton is not None:
             S *= half
             S_t = tl.trans(S.to(t))
             z = product(q_a, S_t) + product(A_ak, b_v)
-            u = product(M, z.to(t)).to(t)
+            u = product(M, z).to(t)
             b_y = product(q_r, S_t) + product(A_rk, b_v) + product(A_rb, u)
             tl.store(y + o, b_y, mask=m)
             S = (S + product(tl.trans(b_v), p_k) + product(tl.trans(u), p_b)) * half
@@ -271,9 +271,9 @@ if triton is not None:
             R *= half
             mid = tl.sum(S * R, 0, keep_dims=True)  # [1, BN], for dw
             S_, R_ = S.to(t), R.to(t)
-            u = product(M, (product(q_a, tl.trans(S_)) + product(A_ak, b_v)).to(t)).to(t)
+            u = product(M, product(q_a, tl.trans(S_)) + product(A_ak, b_v)).to(t)
             du = product(tl.trans(A_rb), b_dy) + product(p_b, tl.trans(R_))
-            dz = product(tl.trans(M), du.to(t)).to(t)
+            dz = product(tl.trans(M), du).to(t)
             b_dv = product(tl.trans(A_ak), dz) + product(tl.trans(A_rk), b_dy) + product(p_k, tl.trans(R_))
             tl.store(dv + o, b_dv, mask=m)
             dA_ak = tl.where(i > j, product(dz, tl.trans(b_v)), 0.0).to(t)
@@ -350,8 +350,8 @@ if triton is not None:
         ctx.set_materialize_grads(False)  # an unused final brings no gradient: not a tensor of zeros to read
 
     def wkv7_backward(ctx, dy, dfinal, _):
-        r, *_ = ctx.saved_tensors
-        *grads, dinitial = wkv7_bwd_op(torch.zeros_like(r) if dy is None else dy, dfinal, *ctx.saved_tensors, bool(ctx.initial))
+        saved = ctx.saved_tensors  # once: activation checkpointing makes them again at each look
+        *grads, dinitial = wkv7_bwd_op(torch.zeros_like(saved[0]) if dy is None else dy, dfinal, *saved, bool(ctx.initial))
         return *grads, dinitial.to(ctx.initial) if ctx.initial else None
 
     wkv7_op.register_autograd(wkv7_backward, setup_context=save_for_backward)

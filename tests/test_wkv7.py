@@ -79,7 +79,7 @@ def bench_cases():
 
 def results(f, args):
     y, final = f(*args)
-    up = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1), dtype=t.dtype) for t in (y, final)]
+    up = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(t.dtype) for t in (y, final)]
     return [y, final, *torch.autograd.grad([y, final], args, up)]
 
 
