@@ -168,13 +168,24 @@ class Config:
     top_k: int = 0  # draw from the k most likely; 0: from all
     top_p: float = 1.0  # draw from the most likely that make up this probability
 
+    def __post_init__(self):
+        if self.method not in ("lora", "qlora", "adapter", "full"):
+            bad(f"--method {self.method}: one of lora, qlora, adapter, full")
 
+
+REAL = dict(data="alpaca", rank=16, batch=1, accum=16, seq=1024, steps=1000, warmup=30, ckpt=True, optim="adamw8bit")
 PRESETS = {
     "cpu": dict(init="tiny", batch=8, steps=150, lr=2e-3),  # a tiny base is trained first, for about a minute
-    "gpu": dict(batch=4, accum=4, seq=1024, steps=1000, optim="adamw8bit", init="tiny"),  # a 3B in bf16, a 7B with --method qlora, on 12 GB
+    "gpu": dict(init="tiny", batch=4, accum=4, seq=1024, steps=1000, optim="adamw8bit"),
+    # real bases; what a step of each needs: python bench/memory.py lora_finetune.py --preset 7B
+    "135M": dict(init="HuggingFaceTB/SmolLM2-135M-Instruct", layers=30, heads=9, kv_heads=3, dim=576, ffn=1536, vocab=49152, positions=8192, theta=1e5, **REAL),
+    "3B": dict(init="meta-llama/Llama-3.2-3B", layers=28, heads=24, kv_heads=8, dim=3072, ffn=8192, vocab=128256, positions=131072, theta=5e5,
+               rope="32,1,4,8192", **REAL),
+    "7B": dict(init="meta-llama/Llama-2-7b-hf", layers=32, heads=32, kv_heads=32, dim=4096, ffn=11008, vocab=32000, positions=4096, tied=False,
+               method="qlora", **REAL),
     # the tiny base: the whole model from random numbers, on the source of Python's own library
     "base": dict(method="full", layers=4, heads=4, kv_heads=2, dim=128, ffn=344, data="stdlib", tok="byte", seq=256, batch=8,
-                 steps=400, lr=1e-2, wd=0.1, beta2=0.95, optim="muon", eval_every=400, tokens=100),
+                 steps=400, lr=1e-2, wd=0.1, beta2=0.95, optim="muon", eval_every=400, tokens=100, temp=0.8),
 }  # fmt: skip
 
 
@@ -305,8 +316,6 @@ class Model(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        if cfg.method not in ("lora", "qlora", "adapter", "full"):
-            bad(f"--method {cfg.method}: one of lora, qlora, adapter, full")
         if cfg.heads % cfg.kv_heads:
             bad(f"--kv-heads {cfg.kv_heads}: --heads {cfg.heads} must be divisible by it")
         if not cfg.head_dim and cfg.dim % (2 * cfg.heads):
@@ -391,7 +400,8 @@ class Model(nn.Module):
                 block.self_attn.add_adapter(cfg.prompts, cfg.dim)
             return
         names = cfg.targets.split(",")
-        self.adapter = dict(peft_type="LORA", r=cfg.rank, lora_alpha=cfg.alpha, use_rslora=cfg.rslora, lora_dropout=cfg.dropout, target_modules=names)
+        how = dict(r=cfg.rank, lora_alpha=cfg.alpha, use_rslora=cfg.rslora, lora_dropout=cfg.dropout, target_modules=names)
+        self.adapter = dict(peft_type="LORA", bias="none", fan_in_fan_out=False) | how
         found = {n: m for n, m in self.model.named_modules() if isinstance(m, Linear)}
         for name in names:
             if not any(n.endswith("." + name) for n in found):
@@ -492,7 +502,7 @@ class Model(nn.Module):
             return write_weights(folder, tensors, self.hf_config(), **how)
         own = {n for n, p in self.named_parameters() if p.requires_grad}
         tensors = {f"base_model.model.{k}": v for k, v in tensors.items() if k in own}
-        config = dict(base_model_name_or_path=self.base, task_type="CAUSAL_LM", bias="none", fan_in_fan_out=False, inference_mode=True) | self.adapter
+        config = dict(base_model_name_or_path=self.base, task_type="CAUSAL_LM", inference_mode=True) | self.adapter
         write_weights(folder, tensors, config, name="adapter_model", **how)
 
     def save_adapter(self, folder):
@@ -1042,6 +1052,7 @@ def load_data(cfg, given, tok):
     else:
         folder = prepared(dataclasses.replace(cfg, tok="byte"), given, tok)
         parts = [read_rows(folder / f"{split}.jsonl") for split in ("train", "val")]
+        parts = [[r for r in part if r[1].get("output", True)] for part in parts]  # Stanford's file has a few without an answer
         rows = sum(parts, [])
     prompts = Prompts(tok, cfg.prompt)
     encoded = [prompts.encode(conversation(row, f"--data {cfg.data}: {where}")) for where, row in rows]
@@ -1541,12 +1552,13 @@ def base_or_adapter(source, **overrides):
             if load_run(source)["step"] < PRESETS["base"]["steps"]:  # somebody stopped it
                 raise SystemExit(0)
             print(f"!!! the base is made; now --method {method} adapts it to --data {overrides.get('data')}")
+    torch.manual_seed(overrides.get("seed", Config.seed))  # A is random
     model = Model.from_pretrained(source, **dict(method=method) | overrides)
     if method == "full" and hasattr(model, "adapter"):
         bad(f"--method full: {source} is an adapter; --merge it first, then --init the merged folder")
     if overrides.get("merge"):
         model.to = lambda device: model  # the base may be larger than a GPU: merging stays on the CPU
-    elif hasattr(model, "adapter"):
+    elif hasattr(model, "adapter") and not overrides.get("sample"):
         weights = [(p.numel(), p.requires_grad) for p in model.parameters()] + [(math.prod(m.nf4["shape"]), False) for m in model.modules() if getattr(m, "nf4", None)]
         rank = f", rank {model.adapter['r']}" if "r" in model.adapter else ""
         print(f"{model.base}: {sum(n for n, own in weights if not own):,} parameters, frozen; {sum(n for n, own in weights if own):,} are trained ({method}{rank})")

@@ -2,7 +2,7 @@
 
     python bench/lora.py step                           the shape of SmolLM2-135M, random weights, one row of 256 tokens
     python bench/lora.py step --answers 128             the same where half of the tokens are a question, not in the loss
-    python bench/lora.py learn BASE DATA --steps 200    the same rows, order, seed and settings; held-out loss every 50 steps
+    python bench/lora.py learn BASE DATA --steps 200    the same rows, order, seed and settings; held-out loss every 100 steps
 
 Both train A and B of rank 8 on all linear layers with AdamW. `step` takes turns, as bench/speed.py does; MB is the most that
 tensors hold during a step, weights included (peak_of in bench/memory.py). `learn` gives peft the A that ours begins with.
@@ -79,7 +79,7 @@ def learn(a):
     sides = {"ours": (model, ours.make_optimizers(model, cfg)), "peft": (loss, [optimizer])}
     steps = {k: stepper(f, o, False) for k, (f, o) in sides.items() if not a.only or k == a.only}
     for i in range(a.steps + 1):
-        if i % 50 == 0:
+        if i % 100 == 0:
             with torch.no_grad():
                 rows = [val.windows([j]) for j in val.fixed(cfg)]
                 share = [(y >= 0).sum().item() for _, y in rows]

