@@ -125,7 +125,7 @@ class Config:
     top_k_experts: int = 2  # experts K that a token runs through
     ffn_dim: int = 0  # width F inside an expert; 0: 8/3 of dim, up to a multiple of 32
     vocab: int = 0  # rows of the embedding; 0: as many as the tokenizer has
-    positions: int = 0  # longest sequence that is trained and sampled; 0: as --seq
+    positions: int = 0  # longest sequence that is sampled; 0: as --seq
     eps: float = 1e-5  # of RMSNorm
     theta: float = 1e6  # base of the rotary frequencies
     renorm: bool = True  # the K weights sum to 1, as softmax over the chosen K logits does (Mixtral); else over all E (Grok-1)
@@ -336,8 +336,6 @@ class Model(nn.Module):
             bad(f"--heads {cfg.heads}: --dim {cfg.dim} must be divisible by twice that (pairs are rotated)")
         if cfg.act not in ("silu", "gelu"):
             bad(f"--act {cfg.act}: one of silu, gelu")
-        if cfg.seq > cfg.positions:
-            bad(f"--seq {cfg.seq}: longer than the model's --positions {cfg.positions}")
         self.cfg, self.context, self.stop, self.log, self.spread = cfg, cfg.positions, set(), None, False
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(cfg.vocab, cfg.dim)
@@ -439,7 +437,7 @@ class Model(nn.Module):
     def hf_config(self):
         """config.json as transformers' MixtralForCausalLM reads it; what it has no name for makes it a grok-1."""
         c = self.cfg
-        more = {k: getattr(c, k) for k in GROK if getattr(c, k) != getattr(Config, k)}
+        more = any(getattr(c, k) != getattr(Config, k) for k in GROK)
         return dict(
             model_type="grok-1" if more else "mixtral", architectures=["Grok1ModelForCausalLM" if more else "MixtralForCausalLM"],
             num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim, hidden_size=c.dim,
@@ -447,7 +445,7 @@ class Model(nn.Module):
             max_position_embeddings=c.positions, rms_norm_eps=c.eps, rope_theta=c.theta, rope_parameters=dict(rope_type="default", rope_theta=c.theta),
             tie_word_embeddings=c.tied, router_aux_loss_coef=c.aux, router_jitter_noise=0.0, sliding_window=None, attention_dropout=0.0,
             hidden_act=c.act, initializer_range=0.02, bos_token_id=None, eos_token_id=min(self.stop, default=None),
-        ) | {GROK[k]: v for k, v in more.items()}  # fmt: skip
+        ) | ({name: getattr(c, k) for k, name in GROK.items()} if more else {})  # fmt: skip
 
     @classmethod
     def from_pretrained(cls, source, **overrides):

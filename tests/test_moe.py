@@ -264,11 +264,11 @@ def test_bias_balances(tmp_path):
     with torch.no_grad():
         for block in model.model.layers:
             block.mlp.gate.weight *= 20
-            block.mlp.gate.weight[1] = 3 * block.mlp.gate.weight[0]  # 1 wins where 0 is above 0
+            block.mlp.gate.e_score_correction_bias[1] = 0.5  # a start from which all choose expert 1
         for _ in range(60):
             model(x, x)
             found.append(model.log[0].max().item())
-    assert found[0] > 0.31 and found[-1] < 0.27, found
+    assert found[0] > 0.45 and found[-1] < 0.3, found
     model.save_pretrained(tmp_path)
     again = Model.from_pretrained(tmp_path)
     bias = again.model.layers[1].mlp.gate.e_score_correction_bias
@@ -406,7 +406,6 @@ def bad_inputs(d, text):
     yield ["--top-k-experts", "9", *data], "--top-k-experts 9: there are --experts 8"
     yield ["--experts", "0", *data], "--experts 0: must be positive"
     yield ["--act", "relu", *data], "--act relu: one of silu, gelu"
-    yield ["--positions", "16", "--seq", "32", *data], "--seq 32: longer than the model's --positions 16"
     yield ["--capacity=-1", *data], "--capacity -1.0: must be 0 or more"
     yield ["--upcycle", f"{d}/none"], "no such file or folder"
     yield ["--upcycle", f"{d}/moe"], "it has 4 experts already"
