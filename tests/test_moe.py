@@ -259,20 +259,20 @@ def test_capacity():
 
 def test_bias_balances(tmp_path):
     """Without a balancing loss the bias alone evens the loads out; it is saved; and with --ckpt gradients are the same."""
-    model = Model(Config(**TINY, bias_rate=0.02, aux=0.0, z=0.0))
-    x, found = tokens(B=8, T=32), []
+    model = Model(Config(**TINY, bias_rate=0.04, aux=0.0, z=0.0))
+    x, found = tokens(B=4, T=32), []
     with torch.no_grad():
         for block in model.model.layers:
             block.mlp.gate.weight *= 20
             block.mlp.gate.e_score_correction_bias[1] = 0.5  # a start from which all choose expert 1
-        for _ in range(60):
+        for _ in range(25):
             model(x, x)
             found.append(model.log[0].max().item())
-    assert found[0] > 0.45 and found[-1] < 0.3, found
+    assert found[0] > 0.45 and found[-1] < 0.33, found  # a step of 0.04 ripples
     model.save_pretrained(tmp_path)
     again = Model.from_pretrained(tmp_path)
     bias = again.model.layers[1].mlp.gate.e_score_correction_bias
-    assert again.cfg.bias_rate == 0.02 and bias.abs().max() > 0 and error(again.eval()(x), model.eval()(x)) < 1e-6
+    assert again.cfg.bias_rate == 0.04 and bias.abs().max() > 0 and error(again.eval()(x), model.eval()(x)) < 1e-6
     grads = []
     for ckpt in (False, True):
         m = Model.from_pretrained(tmp_path, ckpt=ckpt, bias_rate=0.5)
