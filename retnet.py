@@ -401,7 +401,7 @@ class Model(nn.Module):
 
 # what RetNetConfig offers beside the model of the paper
 SAME = dict(decoder_normalize_before=True, layernorm_eps=EPS, layernorm_embedding=False, no_output_layer=False, deepnorm=False,
-            multiway=False, moe_freq=0, drop_path_rate=0.0, activation_dropout=0.0, chunkwise_recurrent=False)  # fmt: skip
+            multiway=False, moe_freq=0, drop_path_rate=0.0, activation_dropout=0.0)  # fmt: skip
 HUB = {}  # no weights were released
 TOK = {}
 
