@@ -1,0 +1,245 @@
+"""The arena: the language models side by side, same data, same parameters, same tokens; then the same time.
+
+    python bench/arena.py run --size 1M --data my.txt              every row: trains it, one after the other, then measures it
+    python bench/arena.py run --size 1M --row retnet --seed 2      one row, one seed: a stranger can repeat it
+    python bench/arena.py run --size 1M --seconds 120              as many steps as fit into the time, by the speed of the first run
+    python bench/arena.py table --size 1M                          the table (Markdown) and the curves, arena-1M.png, of what has run
+    python bench/arena.py recall                                   data/recall.py: what can be looked up, by the number of pairs
+    python bench/arena.py states                                   data/states.py: a product of permutations, by its length
+
+A run is the file's own command line, so it resumes and leaves what every run leaves, in out/arena/<size>-<seed>/<row>; a run that
+is there is not made again. Sizes count parameters without embedding and head and agree within 5% (tests/test_arena.py). `state`
+is what generation carries after so many tokens; its speed is greedy, batch 1. Nothing else may run on the machine meanwhile.
+"""
+
+import argparse
+import csv
+import importlib.util
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+# row -> its command line
+ROWS = {
+    "gpt2": "gpt2.py",
+    "mamba-1": "mamba.py --version 1",
+    "mamba-2": "mamba.py --version 2",
+    "rwkv": "rwkv.py",
+    "retnet": "retnet.py",
+    "bitnet": "bitnet.py",
+    "moe": "moe.py",
+}
+# what makes the rows equal in parameters; moe counts those that a token passes through
+SIZES = {
+    "1M": {
+        "gpt2": "--layers 5 --dim 128 --heads 4",
+        "mamba-1": "--layers 8 --dim 132",
+        "mamba-2": "--layers 7 --dim 144 --state 64 --head-dim 32",
+        "rwkv": "--layers 4 --dim 128 --head-dim 32",
+        "retnet": "--layers 5 --dim 128 --heads 2",
+        "bitnet": "--layers 5 --dim 128 --heads 4 --ffn-dim 408",
+        "moe": "--layers 5 --dim 128 --heads 4 --ffn-dim 176",
+    },
+    "10M": {
+        "gpt2": "--layers 6 --dim 372 --heads 6",
+        "mamba-1": "--layers 10 --dim 384",
+        "mamba-2": "--layers 10 --dim 384 --state 128 --head-dim 32",
+        "rwkv": "--layers 5 --dim 384 --head-dim 64",
+        "retnet": "--layers 6 --dim 384 --heads 3 --value-dim 600 --ffn-dim 600",
+        "bitnet": "--layers 6 --dim 384 --heads 6 --ffn-dim 1152",
+        "moe": "--layers 6 --dim 384 --heads 6 --ffn-dim 464",
+    },
+}
+TRAIN = {
+    "1M": "--batch 16 --seq 128 --steps 1000 --lr 3e-3 --lr-end 0.1 --warmup 50 --optim adamw --eval-every 125",
+    "10M": "--batch 8 --seq 256 --steps 2000 --lr 1e-3 --lr-end 0.1 --warmup 100 --optim adamw --eval-every 250",
+}
+# the small models that learn recall and states: about 100,000 parameters, 64 wide (two blocks of Mamba are about one of the others)
+TASK = {row: "--layers 2 --dim 64 --heads 2" for row in ("gpt2", "retnet", "bitnet", "moe")}
+TASK |= {"mamba-1": "--layers 3 --dim 64", "mamba-2": "--layers 3 --dim 64 --state 64 --head-dim 32", "rwkv": "--layers 2 --dim 64 --head-dim 32"}
+EMBEDDING = re.compile(r"wte|wpe|emb|head\.weight|output_projection")  # names of what has a row per token or position
+
+
+def bad(message):
+    print(f"arena.py: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"arena_{Path(path).stem}", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def model_of(row, flags, **fields):
+    """-> the row's module, its Config and a model with random weights."""
+    file, *own = ROWS[row].split()
+    module = load(file)
+    preset, given = module.parse([*own, *flags.split()])
+    cfg = module.Config(**{k: v for k, v in {**preset, **given, **fields}.items() if k in module.NAMES})
+    torch.manual_seed(cfg.seed)
+    return module, cfg, module.Model(cfg)
+
+
+def body(model):
+    """Parameters without embedding and head; of a layer's experts only those that a token passes through."""
+    held = [(n, p.numel()) for n, p in model.named_parameters() if not EMBEDDING.search(n)]
+    cfg, total = model.cfg, sum(n for _, n in held)
+    if hasattr(cfg, "experts"):
+        total -= sum(n for name, n in held if "experts" in name) * (cfg.experts - cfg.top_k_experts) // cfg.experts
+    return total
+
+
+def folder(size, seed, row, seconds):
+    return ROOT / "out" / "arena" / f"{size}-{seed}{f'-{seconds}s' if seconds else ''}" / row
+
+
+def rows_of(path):
+    with open(path / "log.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def run(row, size, seed, data, seconds=0):
+    out = folder(size, seed, row, seconds)
+    if (out / "arena.json").is_file():
+        return print(f"{row}: done, in {out}")
+    file, *own = ROWS[row].split()
+    flags = [*own, *SIZES[size][row].split(), *TRAIN[size].split(), "--data", data, "--seed", str(seed), "--out", str(out)]
+    if seconds:
+        first = folder(size, seed, row, 0)
+        if not (first / "arena.json").is_file():
+            bad(f"--seconds {seconds}: needs the speed of {row}'s run over tokens; run it without --seconds first")
+        result = json.loads((first / "arena.json").read_text())
+        steps = max(100, round(seconds * result["tok_s"] / result["tokens"] * result["steps"]))
+        flags += ["--steps", str(steps), "--eval-every", str(max(10, steps // 8))]
+    command = [sys.executable, str(ROOT / file), *(["--resume", "--out", str(out)] if (out / "train_state.pt").is_file() else flags)]
+    print("$", *command[1:], flush=True)
+    if subprocess.run(command).returncode:
+        bad(f"{row}: its run failed")
+    log = rows_of(out)
+    result = dict(row=row, steps=int(log[-1]["step"]), tokens=int(log[-1]["tokens"]), seconds=float(log[-1]["seconds"]),
+                  tok_s=statistics.median(float(r["tok_s"]) for r in log), val=float(log[-1]["val"]), command=command[1:])  # fmt: skip
+    module, cfg, model = model_of(row, SIZES[size][row], vocab=json.loads((out / "config.json").read_text())["vocab_size"])
+    result |= dict(body=body(model), **speaking(row, size, cfg.vocab))
+    (out / "arena.json").write_text(json.dumps(result, indent=2))
+
+
+@torch.inference_mode()
+def speaking(row, size, vocab, contexts=(1024, 16384), count=32):
+    """Tokens a second after so much context, and the bytes that are carried then."""
+    found = {}
+    for T in contexts:
+        _, cfg, model = model_of(row, SIZES[size][row], vocab=vocab, seq=T + count)
+        model.eval()
+        state, token = model.init_state(1), torch.zeros(1, 1, dtype=torch.int64)
+        for part in torch.zeros(1, T, dtype=torch.int64).split(1024, 1):
+            _, state = model.step(part, state)
+        times = []
+        for _ in range(count):
+            start = time.perf_counter()
+            _, state = model.step(token, state)
+            times.append(time.perf_counter() - start)
+        size_of = lambda v: v.nbytes if torch.is_tensor(v) else sum(map(size_of, v)) if isinstance(v, (list, tuple)) else 0
+        found[f"speed_{T}"], found[f"state_{T}"] = 1 / statistics.median(times), sum(size_of(v) for v in state.values())
+    return found
+
+
+def spread(values, digits=3):
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table(size, seconds=0):
+    done = {}
+    for path in sorted((ROOT / "out" / "arena").glob(f"{size}-*/*/arena.json")):
+        if path.parts[-3].endswith("s") == bool(seconds):
+            done.setdefault(json.loads(path.read_text())["row"], []).append(json.loads(path.read_text()))
+    if not done:
+        bad(f"--size {size}: nothing has run yet; python bench/arena.py run --size {size}")
+    print("| | parameters | val loss | seeds | tokens | training tok/s | s | generation tok/s at 1k, 16k | state at 1k, 16k |\n" + "|---" * 9 + "|")
+    for row in (r for r in ROWS if r in done):
+        d, mid = done[row], lambda key: statistics.median(r[key] for r in done[row])
+        print(f"| {row} | {d[0]['body']:,} | {spread([r['val'] for r in d])} | {len(d)} | {d[0]['tokens'] / 1e6:.2f}M | {mid('tok_s'):,.0f} | {mid('seconds'):.0f} | "
+              f"{mid('speed_1024'):,.0f}, {mid('speed_16384'):,.0f} | {d[0]['state_1024']:,}, {d[0]['state_16384']:,} |")  # fmt: skip
+    logs = [str(p.parent / "log.csv") for p in sorted((ROOT / "out" / "arena").glob(f"{size}-*/*/arena.json")) if p.parts[-3].endswith("s") == bool(seconds)]
+    picture = f"arena-{size}{'-time' if seconds else ''}.png"
+    subprocess.run([sys.executable, str(ROOT / "bench" / "plot.py"), *logs, "--x", "seconds" if seconds else "tokens", "--out", picture], check=True)
+
+
+def learn(row, examples, tests, vocab, steps, seed):
+    """Trains a small model on examples(rng, n) and returns its accuracy on each of tests (name -> examples)."""
+    longest = max(e(np.random.default_rng(0), 1)[0].shape[1] for e in tests.values())
+    module, cfg, model = model_of(row, TASK[row], vocab=vocab, seq=longest, steps=steps, warmup=steps // 10, lr=2e-3, wd=0.1, optim="adamw", seed=seed)
+    optimizers = module.make_optimizers(model, cfg)
+    for step in range(steps):
+        module.set_lr(optimizers, step, cfg)
+        x, y = (torch.from_numpy(a) for a in examples(np.random.default_rng((seed, step)), 64))
+        model(x, y).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for o in optimizers:
+            o.step()
+            o.zero_grad(set_to_none=True)
+    model.eval()
+    found = {}
+    for name, test in tests.items():
+        x, y = (torch.from_numpy(a) for a in test(np.random.default_rng((seed, -1 & 0xFFFF)), 64))
+        with torch.inference_mode():
+            said = model(x).argmax(-1)
+        found[name] = (said == y)[y >= 0].float().mean().item()
+    return found, sum(p.numel() for p in model.parameters())
+
+
+def tasks(which, rows, steps, seed):
+    """Trained on a mixture of sizes, tested on each: a row of accuracies, and beside it the state that a text of the longest leaves."""
+    task = load(f"data/{which}.py")
+    if which == "recall":
+        sizes, vocab = (4, 8, 16, 32), task.VOCAB
+        draw = lambda size: lambda rng, n: task.examples(rng, n, size)
+        heading = "pairs"
+    else:
+        sizes, vocab = (4, 8, 16, 32), math.factorial(3)
+        draw = lambda size: lambda rng, n: task.examples(rng, n, size, 3)
+        heading = "length, permutations of 3"
+    mixture = lambda rng, n: draw(sizes[rng.integers(len(sizes))])(rng, n)
+    print(f"Accuracy after {steps:,} steps of 64, seed {seed}, by {heading}\n")
+    print(f"| | parameters | {' | '.join(map(str, sizes))} |\n" + "|---" * (2 + len(sizes)) + "|")
+    for row in rows:
+        found, count = learn(row, mixture, {s: draw(s) for s in sizes}, vocab, steps, seed)
+        print(f"| {row} | {count:,} | {' | '.join(f'{found[s]:.2f}' for s in sizes)} |", flush=True)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = bad
+    p.add_argument("what", choices=["run", "table", "recall", "states"])
+    p.add_argument("--size", default="1M", choices=list(SIZES))
+    p.add_argument("--row", choices=list(ROWS), help="default: all")
+    p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--data", default="shakespeare", help="as the files' own --data")
+    p.add_argument("--seconds", type=int, default=0, help="run and table: the same time instead of the same tokens")
+    p.add_argument("--steps", type=int, default=2000, help="of recall and states")
+    a = p.parse_args(argv)
+    rows = [a.row] if a.row else list(ROWS)
+    if a.what == "run":
+        for row in rows:
+            run(row, a.size, a.seed, a.data, a.seconds)
+    elif a.what == "table":
+        table(a.size, a.seconds)
+    else:
+        tasks(a.what, rows, a.steps, a.seed)
+
+
+if __name__ == "__main__":
+    main()
