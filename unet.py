@@ -397,7 +397,7 @@ class Attention(nn.Module):
         if mask is None and q.shape[3] <= 128:
             o = attention(q, k, v, causal=False)
         else:
-            o = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
+            o = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None].bool())
         return self.to_out[0](o.transpose(1, 2).flatten(2))
 
 
