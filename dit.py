@@ -54,7 +54,7 @@ try:
     from kernels.attention import attention
     from kernels.matmul import linear
     from kernels.norm import add_modulate, modulate
-except ImportError:  # this file alone: the same operations in plain PyTorch
+except ModuleNotFoundError:  # this file alone: the same operations in plain PyTorch
 
     def attention(q, k, v, causal=True):  # softmax(q k^T / sqrt(D)) v
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
@@ -102,7 +102,7 @@ class Config:
     clip: float = 1.0  # largest gradient norm; 0: no clipping
     ema: float = 0.9999  # decay of the averaged weights, which are what is saved and sampled from
     drop: float = 0.1  # conditions left out in training, for guidance
-    optim: str = "adamw"  # adamw | muon (matrices inside blocks; AdamW for the rest) | adamw8bit
+    optim: str = "adamw"  # adamw | muon (matrices; AdamW for embeddings, the last layer and vectors) | adamw8bit
     seed: int = 1337  # of weights, batches, noise and samples
     device: str = ""  # cpu | cuda | mps; default: the best there is
     dtype: str = "auto"  # auto (bf16 where it is faster here) | fp32 | bf16 (autocast)
@@ -129,7 +129,8 @@ DIT = dict(size=32, channels=4, cond="class", classes=1000, objective="ddpm", le
 SHAPES = {"S": dict(layers=12, dim=384, heads=6), "B": dict(layers=12, dim=768, heads=12), "L": dict(layers=24, dim=1024, heads=16), "XL": XL}
 PRESETS = {
     # about five minutes on two cores
-    "cpu": dict(layers=6, heads=4, dim=128, steps=1200, lr=6e-3, lr_end=0.0, warmup=20, optim="muon", ema=0.99, eval_every=400),
+    "cpu": dict(layers=6, heads=4, dim=96, captions=24, batch=32, steps=1000, lr=5e-3, lr_end=0.0, warmup=20, optim="muon", ema=0.99, eval_every=500,
+                sample_steps=25),
     # pixels of 32 to 64 a side on one 12 GB GPU
     "gpu": dict(layers=12, heads=6, dim=384, batch=256, steps=20_000, lr=4e-4, lr_end=0.0, warmup=200, beta2=0.99, ema=0.999, eval_every=1000),
     # the paper's sizes and recipe, in latents of 256 x 256 pictures: an .npz with images (N, 4, 32, 32)
@@ -559,13 +560,13 @@ class Model(Diffusion):
 
     def param_groups(self, weight_decay):
         """Matrices decay, vectors do not; `matrix` marks what Muon may orthogonalise."""
-        inner = [p for n, p in self.blocks.named_parameters() if p.ndim == 2 and "table" not in n]
+        own = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        inner = [p for n, p in own if p.ndim == 2 and not re.search(r"table|wte|wpe|final_layer\.linear", n)]
         held = {id(p) for p in inner}
-        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in held]
         return [
             dict(params=inner, weight_decay=weight_decay, matrix=True),
-            dict(params=[p for p in rest if p.ndim > 1], weight_decay=weight_decay),
-            dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0),
+            dict(params=[p for _, p in own if p.ndim > 1 and id(p) not in held], weight_decay=weight_decay),
+            dict(params=[p for _, p in own if p.ndim < 2], weight_decay=0.0),
         ]
 
     @classmethod

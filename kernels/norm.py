@@ -1,6 +1,7 @@
 """
-LayerNorm and RMSNorm, alone or fused with the residual add before them
+LayerNorm and RMSNorm, alone or fused with the residual add before them; adaLN's modulation; GroupNorm with SiLU
     Ba, Kiros & Hinton 2016, arXiv:1607.06450 (eq. 4);  Zhang & Sennrich 2019, arXiv:1910.07467 (eq. 4)
+    Peebles & Xie 2022, arXiv:2212.09748 (adaLN-zero);  Wu & He 2018, arXiv:1803.08494 (GroupNorm)
 
     layer_norm       n = (x - mean(x)) rstd,   rstd = 1 / sqrt(mean((x - mean(x))^2) + eps),   y = n w + b
     rms_norm         n = x rstd,               rstd = 1 / sqrt(mean(x^2) + eps),               y = n w
@@ -19,6 +20,17 @@ each of at most 2 programs per multiprocessor. Backward reads dy, x (and ds) and
 its sums for dw and db, which PyTorch adds up in a fixed order: results repeat bit for bit. (1024, 768) in bf16 moves
 1.04 (without b) to 1.09 times the floor forward, 1.05 to 1.10 backward; more rows, less.
 FLOPs: about 8 an element forward, 12 backward: memory is the bound on every GPU.
+
+    modulate         y = n (1 + scale) + shift, n as in layer_norm; shift and scale (B, C) belong to a sample, x is (B, T, C)
+    add_modulate     s = x + gate r, then the same on s; returns (y, s)
+    backward         g = (1 + scale) dy, dx as above;  dr = gate dx;  dshift, dscale, dgate = sums over a sample's rows of dy, dy n, dx r
+Saved: x (or s, and r and gate), scale, mean and rstd. Programs stay within a sample: each reads shift, scale and gate once, and in
+backward writes its sums of them. Every other tensor is read or written once, which is the floor.
+
+    group_norm_silu  z = n w + b, n over the C / groups channels and all pixels of a group of one sample;  y = z sigma(z)
+    backward         dz = dy sigma(z) (1 + z (1 - sigma(z))), then as above with means over the group
+Saved: x, w, b, mean and rstd; z is recomputed. A program does a group: up to 4,096 numbers are read once; more are read twice (x forward,
+x and dy backward), the second time from the cache: they are what the program has just read, 80 kB for 10 channels of 64 x 64 in bf16.
 """
 import os
 
@@ -241,3 +253,398 @@ def add_rms_norm(x, r, w, eps=1e-6):
         return norm_triton(x, r, w, None, eps, False)
     s = x + r
     return rms_norm(s, w, eps), s
+
+
+# ---------------------------------------------------------------- adaLN's modulation
+
+
+def modulate_ref(x, shift, scale, eps=1e-6):
+    """The definition; fp32 inside, fp64 for fp64."""
+    h = x if x.dtype == torch.float64 else x.float()
+    h = h - h.mean(-1, keepdim=True)
+    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
+
+
+def add_modulate_ref(x, r, gate, shift, scale, eps=1e-6):
+    """The definition."""
+    s = x + gate[:, None] * r
+    s = s.to(torch.promote_types(x.dtype, r.dtype))
+    return modulate_ref(s, shift, scale, eps), s
+
+
+class Modulate(torch.autograd.Function):
+    """The CPU's form: LayerNorm whose weight 1 + scale and bias shift are those of a sample; backward is PyTorch's own, a sample at a time,
+    which gives dscale and dshift as the gradients of weight and bias without keeping or making n."""
+
+    @staticmethod
+    def forward(ctx, x, shift, scale, eps):
+        n, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        weight = 1 + scale
+        ctx.save_for_backward(x, mean, rstd, weight)
+        return n.mul_(weight[:, None]).add_(shift[:, None])
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, mean, rstd, weight = ctx.saved_tensors
+        back = torch.ops.aten.native_layer_norm_backward
+        parts = [back(g.contiguous(), a, a.shape[-1:], m, r, w, w, (True, True, True)) for g, a, m, r, w in zip(dy, x, mean, rstd, weight)]
+        dx, dscale, dshift = (torch.stack(p) for p in zip(*parts))
+        return dx, dshift, dscale, None
+
+
+def modulate_torch(x, shift, scale, eps=1e-6):
+    shift, scale = shift.to(x.dtype), scale.to(x.dtype)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] * x.shape[2] >= 16384:  # fewer: the loop costs more than it saves
+        return Modulate.apply(x.contiguous(), shift, scale, eps)
+    n = torch.nn.functional.layer_norm(x.float() if x.dtype != torch.float64 else x, x.shape[-1:], eps=eps)
+    return (n * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
+
+
+if triton is not None:
+    # A program takes the rows of one sample, BM at a time, so that shift, scale and gate are read once a program; PyTorch adds the programs' sums.
+
+    @triton.jit
+    def modulate_fwd_kernel(x, r, gate, shift, scale, y, s, stats, M, T, C, s_gate, s_shift, s_scale, eps, BM: tl.constexpr, BC: tl.constexpr,
+                            STAGES: tl.constexpr):
+        i_b = tl.program_id(1).to(tl.int64)
+        o_c = tl.arange(0, BC)[None, :]
+        m_c = o_c < C
+        b_shift = tl.load(shift + i_b * s_shift + o_c, mask=m_c, other=0.0).to(tl.float32)  # [1, BC]
+        b_scale = 1 + tl.load(scale + i_b * s_scale + o_c, mask=m_c, other=0.0).to(tl.float32)
+        if r is not None:
+            b_gate = tl.load(gate + i_b * s_gate + o_c, mask=m_c, other=0.0).to(tl.float32)
+        for i in tl.range(tl.program_id(0), tl.cdiv(T, BM), tl.num_programs(0), num_stages=STAGES):
+            o_t = i * BM + tl.arange(0, BM)[:, None]
+            m_t = o_t < T
+            m = m_t & m_c
+            o_m = i_b * T + o_t  # [BM, 1] int64
+            o = o_m * C + o_c
+            b_x = tl.load(x + o, mask=m, other=0.0).to(tl.float32)  # [BM, BC]
+            if r is not None:
+                b_x += b_gate * tl.load(r + o, mask=m, other=0.0).to(tl.float32)
+                b_x = b_x.to(s.dtype.element_ty).to(tl.float32)  # what backward will read
+                tl.store(s + o, b_x, mask=m)
+            mean = tl.sum(b_x, 1, keep_dims=True) / C  # [BM, 1]
+            b_x = tl.where(m_c, b_x - mean, 0.0)
+            rstd = tl.rsqrt(tl.sum(b_x * b_x, 1, keep_dims=True) / C + eps)
+            tl.store(stats + o_m, rstd, mask=m_t)
+            tl.store(stats + M + o_m, mean, mask=m_t)
+            tl.store(y + o, b_x * rstd * b_scale + b_shift, mask=m)
+
+    # n = (s - mean) rstd, g = (1 + scale) dy; all of s's gradient: dx = rstd (g - mean(g) - n mean(g n)) + ds;  dr = gate dx
+    #   dshift = sum over a sample's rows of dy,   dscale = sum of dy n,   dgate = sum of dx r
+
+    @triton.jit
+    def modulate_bwd_kernel(dy, ds, s, r, gate, scale, stats, dx, dr, sums, M, T, C, s_gate, s_scale, BM: tl.constexpr, BC: tl.constexpr,
+                            STAGES: tl.constexpr):
+        i_b = tl.program_id(1).to(tl.int64)
+        o_c = tl.arange(0, BC)[None, :]
+        m_c = o_c < C
+        b_scale = 1 + tl.load(scale + i_b * s_scale + o_c, mask=m_c, other=0.0).to(tl.float32)  # [1, BC]
+        if r is not None:
+            b_gate = tl.load(gate + i_b * s_gate + o_c, mask=m_c, other=0.0).to(tl.float32)
+        b_dshift = tl.zeros((BM, BC), tl.float32)  # summed over BM after the loop
+        b_dscale = tl.zeros((BM, BC), tl.float32)
+        b_dgate = tl.zeros((BM, BC), tl.float32)
+        for i in tl.range(tl.program_id(0), tl.cdiv(T, BM), tl.num_programs(0), num_stages=STAGES):
+            o_t = i * BM + tl.arange(0, BM)[:, None]
+            m_t = o_t < T
+            m = m_t & m_c
+            o_m = i_b * T + o_t
+            o = o_m * C + o_c
+            b_dy = tl.load(dy + o, mask=m, other=0.0).to(tl.float32)  # [BM, BC]
+            rstd = tl.load(stats + o_m, mask=m_t, other=0.0)  # [BM, 1]
+            b_n = (tl.load(s + o, mask=m, other=0.0).to(tl.float32) - tl.load(stats + M + o_m, mask=m_t, other=0.0)) * rstd
+            b_dshift += b_dy
+            b_dscale += b_dy * b_n
+            b_g = b_dy * b_scale
+            b_dx = (b_g - b_n * (tl.sum(b_g * b_n, 1, keep_dims=True) / C) - tl.sum(b_g, 1, keep_dims=True) / C) * rstd
+            if ds is not None:
+                b_dx += tl.load(ds + o, mask=m, other=0.0).to(tl.float32)
+            tl.store(dx + o, b_dx, mask=m)
+            if r is not None:
+                b_dgate += b_dx * tl.load(r + o, mask=m, other=0.0).to(tl.float32)
+                tl.store(dr + o, b_dx * b_gate, mask=m)
+        B, P, i_p = tl.num_programs(1), tl.num_programs(0), tl.program_id(0)
+        o, m_c = (i_b * P + i_p) * C + tl.arange(0, BC), tl.arange(0, BC) < C  # sums (2 or 3, B, P, C)
+        tl.store(sums + o, tl.sum(b_dshift, 0), mask=m_c)
+        tl.store(sums + B.to(tl.int64) * P * C + o, tl.sum(b_dscale, 0), mask=m_c)
+        if r is not None:
+            tl.store(sums + 2 * B.to(tl.int64) * P * C + o, tl.sum(b_dgate, 0), mask=m_c)
+
+    def modulate_config(x, tensors, rows):
+        """launch_config for programs that stay within a sample."""
+        B, T, C = x.shape
+        _, _, _, config = launch_config(x, tensors, 1)
+        sm = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 46
+        per = max(1, min(triton.cdiv(2 * sm, max(1, B)), triton.cdiv(T, max(rows, config["BM"]))))
+        return B * T, T, C, (per, B), config
+
+    @torch.library.custom_op("kernels::modulate", mutates_args=())
+    def modulate_op(x: torch.Tensor, r: torch.Tensor | None, gate: torch.Tensor | None, shift: torch.Tensor, scale: torch.Tensor,
+                    eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> y, s (empty without r), stats (rstd, mean) for backward."""
+        M, T, C, grid, config = modulate_config(x, 1 if r is None else 2, 8)
+        y = torch.empty_like(x, dtype=x.dtype if r is None else torch.promote_types(x.dtype, r.dtype))
+        s = y.new_empty(0) if r is None else torch.empty_like(y)
+        stats = torch.empty(2, M, dtype=torch.float32, device=x.device)
+        if M:
+            modulate_fwd_kernel[grid](x, r, gate, shift, scale, y, s, stats, M, T, C, 0 if r is None else gate.stride(0), shift.stride(0),
+                                      scale.stride(0), eps, **config)
+        return y, s, stats
+
+    @modulate_op.register_fake
+    def _(x, r, gate, shift, scale, eps):
+        y = torch.empty_like(x, dtype=x.dtype if r is None else torch.promote_types(x.dtype, r.dtype))
+        return y, y.new_empty(0) if r is None else torch.empty_like(y), x.new_empty(2, x.shape[0] * x.shape[1], dtype=torch.float32)
+
+    @torch.library.custom_op("kernels::modulate_bwd", mutates_args=())
+    def modulate_bwd_op(dy: torch.Tensor, ds: torch.Tensor | None, s: torch.Tensor, r: torch.Tensor | None, gate: torch.Tensor | None,
+                        scale: torch.Tensor, stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> dx, dr (empty without r), and dshift, dscale (, dgate): (2 or 3, B, C) fp32."""
+        M, T, C, grid, config = modulate_config(s, 2 + (ds is not None) + (r is not None), 16)
+        dx = torch.empty_like(s)
+        dr = s.new_empty(0) if r is None else torch.empty_like(r)
+        sums = torch.empty(2 if r is None else 3, grid[1], grid[0], C, dtype=torch.float32, device=s.device)
+        if M:
+            modulate_bwd_kernel[grid](dy, ds, s, r, gate, scale, stats, dx, dr, sums, M, T, C, 0 if r is None else gate.stride(0),
+                                      scale.stride(0), **config)
+        return dx, dr, sums.sum(2)
+
+    @modulate_bwd_op.register_fake
+    def _(dy, ds, s, r, gate, scale, stats):
+        dr = s.new_empty(0) if r is None else torch.empty_like(r)
+        return torch.empty_like(s), dr, s.new_empty(2 if r is None else 3, s.shape[0], s.shape[2], dtype=torch.float32)
+
+    def save_for_modulate(ctx, inputs, output):
+        x, r, gate, shift, scale, _ = inputs
+        ctx.save_for_backward(x if r is None else output[1], r, gate, scale, output[2])
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, r, gate, shift, scale)]
+        ctx.set_materialize_grads(False)  # an unused s brings no gradient: not a tensor of zeros to read
+
+    def modulate_backward(ctx, dy, ds, _):
+        s, r, gate, scale, stats = ctx.saved_tensors
+        dy = torch.zeros_like(s) if dy is None else dy.contiguous()
+        ds = ds.contiguous() if r is not None and ds is not None else None
+        dx, dr, sums = modulate_bwd_op(dy, ds, s, r, gate, scale, stats)
+        x_type, _, gate_type, shift_type, scale_type = ctx.dtypes
+        dr, dgate = (None, None) if r is None else (dr, sums[2].to(gate_type))
+        return dx.to(x_type), dr, dgate, sums[0].to(shift_type), sums[1].to(scale_type), None
+
+    modulate_op.register_autograd(modulate_backward, setup_context=save_for_modulate)
+
+    def modulate_triton(x, r, gate, shift, scale, eps):
+        per_sample = [v for v in (gate, shift, scale) if v is not None]
+        if any(v.shape != x.shape[::2] for v in per_sample) or r is not None and r.shape != x.shape:
+            shapes = [tuple(t.shape) for t in (x, r, *per_sample) if t is not None]
+            raise ValueError(f"modulate: shapes {shapes}, expected x, r (B, T, C) and gate, shift, scale (B, C)")
+        gate, shift, scale = (v if v is None or v.stride(-1) == 1 else v.contiguous() for v in (gate, shift, scale))
+        return modulate_op(x.contiguous(), None if r is None else r.contiguous(), gate, shift, scale, eps)[:2]
+
+
+def modulate(x, shift, scale, eps=1e-6):
+    """x (B, T, C), shift and scale (B, C), any stride of B -> (B, T, C) in x's dtype. ValueError: shapes that do not fit, C > 8192 (on a GPU)."""
+    which = form(x)
+    if which == "triton":
+        return modulate_triton(x, None, None, shift, scale, eps)[0]
+    return modulate_ref(x, shift, scale, eps) if which == "ref" else modulate_torch(x, shift, scale, eps)
+
+
+def add_modulate(x, r, gate, shift, scale, eps=1e-6):
+    """x, r (B, T, C), gate, shift and scale (B, C) -> y = modulate(s), s = x + gate r, both in x + r's dtype. Errors as modulate."""
+    if form(x) == "triton":
+        return modulate_triton(x, r, gate, shift, scale, eps)
+    s = torch.addcmul(x, gate[:, None], r)
+    return modulate(s, shift, scale, eps), s
+
+
+# ---------------------------------------------------------------- GroupNorm and SiLU
+
+
+def group_norm_silu_ref(x, w, b, groups, eps=1e-5, silu=True):
+    """The definition; fp32 inside, fp64 for fp64."""
+    h = (x if x.dtype == torch.float64 else x.float()).reshape(x.shape[0], groups, -1)
+    h = h - h.mean(-1, keepdim=True)
+    h = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)).reshape(x.shape)
+    z = h * w.view(-1, *[1] * (x.ndim - 2)) + b.view(-1, *[1] * (x.ndim - 2))
+    return (z * torch.sigmoid(z) if silu else z).to(x.dtype)
+
+
+class GroupNormSiLU(torch.autograd.Function):
+    """z is computed again in backward: only x and two numbers a group are kept."""
+
+    @staticmethod
+    def forward(ctx, x, w, b, groups, eps):
+        ctx.sizes = x.shape[0], x.shape[1], x[0, 0].numel(), groups
+        z, mean, rstd = torch.native_group_norm(x, w, b, *ctx.sizes, eps)
+        ctx.save_for_backward(x, w, b, mean, rstd)
+        ctx.eps = eps
+        return torch.nn.functional.silu(z, inplace=True)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w, b, mean, rstd = ctx.saved_tensors
+        z = torch.native_group_norm(x, w, b, *ctx.sizes, ctx.eps)[0]
+        dz = torch.ops.aten.silu_backward(dy, z)
+        return *torch.ops.aten.native_group_norm_backward(dz, x, mean, rstd, w, *ctx.sizes, [True] * 3), None, None
+
+
+def group_norm_silu_torch(x, w, b, groups, eps=1e-5, silu=True):
+    if silu and w.dtype == b.dtype == x.dtype and x.device.type == "cpu":
+        return GroupNormSiLU.apply(x, w, b, groups, eps)
+    wide = x if w.dtype == x.dtype else x.float()
+    z = torch.nn.functional.group_norm(wide, groups, w.to(wide.dtype), b.to(wide.dtype), eps)
+    return (torch.nn.functional.silu(z) if silu else z).to(x.dtype)
+
+
+if triton is not None:
+    # A program takes one group of one sample: CG channels of P pixels, which lie together (contiguous) or CG in every pixel's C (channels
+    # last). What fits one tile is read once; otherwise the second pass finds it in the cache.
+
+    @triton.jit
+    def group_norm_fwd_kernel(x, w, b, y, stats, G, CG, P, eps, LAST: tl.constexpr, SILU: tl.constexpr, ONE: tl.constexpr, BC: tl.constexpr,
+                              BP: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64)
+        i_g = i % G
+        base = i // G * G * CG * P + (i_g * CG if LAST else i_g * CG * P)
+        o_c, o_p = tl.arange(0, BC)[:, None], tl.arange(0, BP)[None, :]
+        m_c = o_c < CG
+        b_w = tl.load(w + i_g * CG + o_c, mask=m_c, other=0.0).to(tl.float32)  # [BC, 1]
+        b_b = tl.load(b + i_g * CG + o_c, mask=m_c, other=0.0).to(tl.float32)
+        mean, m2 = tl.zeros((1, 1), tl.float32), tl.zeros((1, 1), tl.float32)
+        if ONE:
+            m = m_c & (o_p < P)
+            o = base + (o_c + o_p.to(tl.int64) * G * CG if LAST else o_c.to(tl.int64) * P + o_p)
+            b_x = tl.load(x + o, mask=m, other=0.0).to(tl.float32)  # [BC, BP]
+            mean += tl.sum(tl.sum(b_x, 1, keep_dims=True), 0, keep_dims=True) / (CG * P)
+            d = tl.where(m, b_x - mean, 0.0)
+            m2 += tl.sum(tl.sum(d * d, 1, keep_dims=True), 0, keep_dims=True)
+        else:  # tile by tile: means and squared distances combine (Chan et al. 1979)
+            for p in range(0, P, BP):
+                m = m_c & (p + o_p < P)
+                o = base + (o_c + (p + o_p).to(tl.int64) * G * CG if LAST else o_c.to(tl.int64) * P + p + o_p)
+                b_x = tl.load(x + o, mask=m, other=0.0).to(tl.float32)
+                n, had = CG * tl.minimum(BP, P - p) * 1.0, CG * p * 1.0
+                here = tl.sum(tl.sum(b_x, 1, keep_dims=True), 0, keep_dims=True) / n
+                d = tl.where(m, b_x - here, 0.0)
+                m2 += tl.sum(tl.sum(d * d, 1, keep_dims=True), 0, keep_dims=True) + (here - mean) * (here - mean) * (had * n / (had + n))
+                mean += (here - mean) * (n / (had + n))
+        rstd = tl.rsqrt(m2 / (CG * P) + eps)
+        o_1 = tl.zeros((1, 1), tl.int32)
+        tl.store(stats + i + o_1, rstd)
+        tl.store(stats + tl.num_programs(0).to(tl.int64) + i + o_1, mean)
+        for p in range(0, P, BP):
+            m = m_c & (p + o_p < P)
+            o = base + (o_c + (p + o_p).to(tl.int64) * G * CG if LAST else o_c.to(tl.int64) * P + p + o_p)
+            if not ONE:
+                b_x = tl.load(x + o, mask=m, other=0.0).to(tl.float32)
+            z = (b_x - mean) * rstd * b_w + b_b
+            if SILU:
+                z = z * tl.sigmoid(z)
+            tl.store(y + o, z, mask=m)
+
+    # z = n w + b, y = z sigma(z), so dz = dy sigma(z) (1 + z (1 - sigma(z))). With g = w dz, means over the group's N numbers:
+    #   dx = rstd (g - mean(g) - n mean(g n)),   dw = sum over samples and pixels of dz n,   db = sum of dz
+
+    @triton.jit
+    def silu_grad(z, dy):
+        q = tl.sigmoid(z)
+        return dy * q * (1 + z * (1 - q))
+
+    @triton.jit
+    def group_norm_bwd_kernel(dy, x, w, b, stats, dx, sums, G, CG, P, LAST: tl.constexpr, SILU: tl.constexpr, ONE: tl.constexpr, BC: tl.constexpr,
+                              BP: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64)
+        i_g = i % G
+        base = i // G * G * CG * P + (i_g * CG if LAST else i_g * CG * P)
+        o_c, o_p = tl.arange(0, BC)[:, None], tl.arange(0, BP)[None, :]
+        m_c = o_c < CG
+        b_w = tl.load(w + i_g * CG + o_c, mask=m_c, other=0.0).to(tl.float32)  # [BC, 1]
+        b_b = tl.load(b + i_g * CG + o_c, mask=m_c, other=0.0).to(tl.float32)
+        rstd, mean = tl.load(stats + i), tl.load(stats + tl.num_programs(0).to(tl.int64) + i)
+        b_dz, b_n = tl.zeros((BC, BP), tl.float32), tl.zeros((BC, BP), tl.float32)
+        b_db, b_dw = tl.zeros((BC, BP), tl.float32), tl.zeros((BC, BP), tl.float32)  # summed over BP after the loop
+        for p in range(0, P, BP):
+            m = m_c & (p + o_p < P)
+            o = base + (o_c + (p + o_p).to(tl.int64) * G * CG if LAST else o_c.to(tl.int64) * P + p + o_p)
+            b_n = (tl.load(x + o, mask=m, other=0.0).to(tl.float32) - mean) * rstd
+            b_dz = tl.load(dy + o, mask=m, other=0.0).to(tl.float32)
+            if SILU:
+                b_dz = silu_grad(b_n * b_w + b_b, b_dz)
+            b_db += b_dz
+            b_dw += b_dz * b_n
+        db, dw = tl.sum(b_db, 1, keep_dims=True), tl.sum(b_dw, 1, keep_dims=True)  # [BC, 1]
+        o_s = i * CG + o_c  # sums (2, B, C): (sample, group, channel)
+        tl.store(sums + o_s, dw, mask=m_c)
+        tl.store(sums + tl.num_programs(0).to(tl.int64) * CG + o_s, db, mask=m_c)
+        g0, g1 = tl.sum(db * b_w, 0, keep_dims=True) / (CG * P), tl.sum(dw * b_w, 0, keep_dims=True) / (CG * P)
+        for p in range(0, P, BP):
+            m = m_c & (p + o_p < P)
+            o = base + (o_c + (p + o_p).to(tl.int64) * G * CG if LAST else o_c.to(tl.int64) * P + p + o_p)
+            if not ONE:
+                b_n = (tl.load(x + o, mask=m, other=0.0).to(tl.float32) - mean) * rstd
+                b_dz = tl.load(dy + o, mask=m, other=0.0).to(tl.float32)
+                if SILU:
+                    b_dz = silu_grad(b_n * b_w + b_b, b_dz)
+            tl.store(dx + o, (b_dz * b_w - g0 - b_n * g1) * rstd, mask=m)
+
+    def last(x):
+        """Whether x (B, C, h, w) lies channels last; otherwise it is to be contiguous."""
+        return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+    def group_config(x, groups):
+        CG, P = x.shape[1] // groups, x[0, 0].numel()
+        BC, BP = triton.next_power_of_2(CG), triton.next_power_of_2(P)
+        one = BC * BP <= 4096
+        BP = BP if one else max(1, 2048 // BC)
+        return CG, P, dict(LAST=last(x), ONE=one, BC=BC, BP=BP, num_warps=8 if BC * BP >= 2048 else 4)
+
+    @torch.library.custom_op("kernels::group_norm_silu", mutates_args=())
+    def group_norm_op(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, groups: int, eps: float, silu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> y, stats (rstd, mean) for backward."""
+        y, stats = torch.empty_like(x), torch.empty(2, x.shape[0] * groups, dtype=torch.float32, device=x.device)
+        if x.numel():
+            CG, P, config = group_config(x, groups)
+            group_norm_fwd_kernel[(x.shape[0] * groups,)](x, w, b, y, stats, groups, CG, P, eps, SILU=silu, **config)
+        return y, stats
+
+    @group_norm_op.register_fake
+    def _(x, w, b, groups, eps, silu):
+        return torch.empty_like(x), x.new_empty(2, x.shape[0] * groups, dtype=torch.float32)
+
+    @torch.library.custom_op("kernels::group_norm_silu_bwd", mutates_args=())
+    def group_norm_bwd_op(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, stats: torch.Tensor, groups: int,
+                          silu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> dx, and dw with db below it: (2, C) fp32."""
+        dx, sums = torch.empty_like(x), torch.empty(2, *x.shape[:2], dtype=torch.float32, device=x.device)
+        if x.numel():
+            CG, P, config = group_config(x, groups)
+            group_norm_bwd_kernel[(x.shape[0] * groups,)](dy, x, w, b, stats, dx, sums, groups, CG, P, SILU=silu, **config)
+        return dx, sums.sum(1)
+
+    @group_norm_bwd_op.register_fake
+    def _(dy, x, w, b, stats, groups, silu):
+        return torch.empty_like(x), x.new_empty(2, x.shape[1], dtype=torch.float32)
+
+    def save_for_group_norm(ctx, inputs, output):
+        x, w, b, ctx.groups, _, ctx.silu = inputs
+        ctx.save_for_backward(x, w, b, output[1])
+
+    def group_norm_backward(ctx, dy, _):
+        x, w, b, stats = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last if last(x) else torch.contiguous_format)
+        dx, sums = group_norm_bwd_op(dy, x, w, b, stats, ctx.groups, ctx.silu)
+        return dx, sums[0].to(w.dtype), sums[1].to(b.dtype), None, None, None
+
+    group_norm_op.register_autograd(group_norm_backward, setup_context=save_for_group_norm)
+
+
+def group_norm_silu(x, w, b, groups, eps=1e-5, silu=True):
+    """x (B, C, ...), contiguous or channels last, w and b (C,) -> the same shape, layout and dtype; without silu GroupNorm alone.
+    ValueError: shapes that do not fit."""
+    which = form(x)
+    if which != "triton":
+        return (group_norm_silu_ref if which == "ref" else group_norm_silu_torch)(x, w, b, groups, eps, silu)
+    if w.shape != x.shape[1:2] or b.shape != w.shape or x.shape[1] % groups:
+        raise ValueError(f"group_norm_silu: shapes {[tuple(t.shape) for t in (x, w, b)]} and {groups} groups, expected x (B, C, ...), w, b (C,), C % groups == 0")
+    return group_norm_op(x if last(x) else x.contiguous(), w, b, groups, eps, silu)[0]

@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import official_dit
 import pytest
 import torch
-from house import error
+from house import ROOT, error, finish, losses, start
+from safetensors.torch import load_file
 
 import dit
 from dit import Config, Model
@@ -239,3 +242,120 @@ def test_samplers_equal_diffusers(sampler, monkeypatch):
         drawn.manual_seed(3)
         got = model.sample(torch.zeros(2), noise=noise, times=times, sampler=sampler.split()[-1] if flow else sampler.split()[0], generator=drawn)
     assert error(got, want) < 1e-4
+
+
+# ---------------------------------------------------------------- the program
+@pytest.fixture
+def pictures(tmp_path):
+    """An .npz of 8 x 8 pictures: two classes that differ in colour, with captions."""
+    rng, labels = np.random.default_rng(0), np.arange(120) % 2
+    images = rng.integers(0, 60, (120, 8, 8, 3)) + np.array([[150, 0, 0], [0, 0, 150]])[labels][:, None, None]
+    np.savez(tmp_path / "p.npz", images=images.astype(np.uint8), labels=np.array(["red", "blue"])[labels], captions=np.array(["all red", "all blue"])[labels])
+    return str(tmp_path / "p.npz")
+
+
+@pytest.mark.parametrize("objective, cond", [("flow", "text"), ("ddpm", "class")])
+def test_loss_falls_and_resumes_bit_for_bit(tmp_path, pictures, objective, cond, capsys):
+    """Forty steps beat predicting nothing; stopped by kill -9 and resumed it is the same run; averages are what is saved and sampled."""
+    args = [*RUN, "--objective", objective, "--cond", cond, "--patch", "2", "--data", pictures, "--lr", "1e-2", "--ema", "0.8", "--eval-every", "20",
+            "--log-every", "1", "--optim", "adamw", "--device", "cpu", "--dtype", "fp32"]  # fmt: skip
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    dit.main([*args, "--steps", "40", "--out", one])
+    a = losses(one)
+    # nothing: 1 for eps, 1 + about 1/3 for eps - x_0; below, the colour and little else is learnt
+    assert float(a[1][0]) > 0.9 and float(a[40][1]) < (0.75 if objective == "flow" else 0.8)
+    cut = start([*args, "--steps", "40", "--out", two], "dit.py")
+    for line in cut.stdout:
+        if line.startswith("step 23"):
+            break
+    cut.kill()
+    cut.wait()
+    finish(start(["--resume", "--out", two, "--log-every", "1"], "dit.py"))
+    b = losses(two)
+    near = lambda u, v: abs(float(u) - float(v)) < 1e-4  # the other process has other threads
+    assert all(near(a[s][0], b[s][0]) for s in range(1, 41)) and near(a[40][1], b[40][1])
+    state = torch.load(Path(one, "train_state.pt"), weights_only=True)
+    weights, raw = load_file(Path(one, "model.safetensors")), state["optimizers"][-1]["state"]
+    assert all(Path(one, f"grid_{s}.png").is_file() for s in (20, 40)) and Path(one, "grid.png").is_file()
+    assert len(raw) == sum(1 for _ in Model.from_pretrained(one).parameters())
+    assert any((r["average"] - w).abs().max() > 1e-4 for r in raw.values() for w in weights.values() if w.shape == r["average"].shape)
+    dit.main(["--out", one, "--sample", "red | blue" if cond == "class" else "all red | all blue", "--guidance", "2", "--number", "3", "--sample-steps", "3"])
+    assert "6 pictures, 3 in a row" in capsys.readouterr().out and Path(one, "sample.png").is_file()
+
+
+def test_resumes_exactly(tmp_path, pictures):
+    """In one process, to the last bit: weights, averages and losses."""
+    args = [*RUN, "--patch", "2", "--data", pictures, "--eval-every", "3", "--log-every", "1", "--optim", "muon", "--lr", "1e-2", "--ema", "0.9", "--device", "cpu"]
+    dit.main([*args, "--steps", "6", "--out", str(tmp_path / "one")])
+    dit.main([*args, "--steps", "3", "--lr-end", "1", "--out", str(tmp_path / "two")])
+    dit.main(["--resume", "--steps", "6", "--out", str(tmp_path / "two")])
+    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert a == b
+    one, two = (load_file(tmp_path / d / "model.safetensors") for d in ("one", "two"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_average(tmp_path):
+    model = official_dit.filled(Model(Config(**OFFICIAL)))
+    (ema,) = model.averages()
+    before = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    ema.param_groups[0]["decay"] = 0.75
+    ema.step()
+    ema.swap()
+    assert all(torch.allclose(p, b + 0.25, atol=1e-6) for p, b in zip(model.parameters(), before))
+    ema.swap()
+    assert all(torch.allclose(p, b + 1) for p, b in zip(model.parameters(), before))
+
+
+def test_two_processes_equal_one(tmp_path, pictures):
+    """Noise and times come with the pictures, so the same global batch gives the same losses."""
+    args = [*RUN, "--patch", "2", "--data", pictures, "--steps", "6", "--optim", "adamw", "--lr", "1e-3", "--log-every", "1", "--device", "cpu", "--dtype", "fp32"]
+    dit.main([*args, "--out", str(tmp_path / "one")])
+    finish(start([*args, "--out", str(tmp_path / "two")], "dit.py", torchrun=2))
+    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert a.keys() == b.keys() and all(abs(float(a[s][0]) - float(b[s][0])) < 1e-5 for s in a)
+
+
+def test_alone(tmp_path):
+    """Copied into an empty folder it draws its shapes itself, trains, and samples."""
+    shutil.copy(ROOT / "dit.py", tmp_path)
+    out = finish(start([*RUN, "--steps", "2", "--patch", "8", "--out", "o"], "dit.py", cwd=tmp_path))
+    assert "plain PyTorch" in out and "drawing shapes" in out and "final val loss" in out
+    out = finish(start(["--sample", "a small red circle", "--out", "o", "--number", "2", "--sample-steps", "2"], "dit.py", cwd=tmp_path))
+    assert "2 pictures" in out
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--cond picture", "--cond picture: one of none, class, text"),
+    ("--sampler ddpm", "--sampler ddpm: --objective flow has euler and heun"),
+    ("--ema 1", "--ema 1.0: at least 0 and less than 1"),
+    ("--heads 5", "--heads 5: --dim 32 must be divisible"),
+    ("--patch 3", "--patch 3: the pictures' side 8 must be divisible"),
+    ("--size 9", "--size 9 --channels 0: --data"),
+    ("--data nothing.npz", "--data nothing.npz: no .npz, no folder of pictures, nor one of cifar10, fashion_mnist, mnist, shapes"),
+    ("--features 7", "must have features"),
+    ("--cond class --classes 1", "--classes 1: --data"),
+    ("--sample red", "no run in"),
+    ("--steps 0", "--steps 0: must be positive"),
+])  # fmt: skip
+def test_bad_input(tmp_path, pictures, capsys, flags, words):
+    data = [] if "--data" in flags else ["--data", pictures]
+    with pytest.raises(SystemExit) as e:
+        dit.main([*RUN, "--patch", "2", *data, "--out", str(tmp_path / "o"), *flags.split()])
+    said = capsys.readouterr().err.strip()
+    assert e.value.code == 2 and words in said and said.count("\n") == 0
+
+
+def test_bad_arrays(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", images=np.zeros((4, 8, 6, 3), np.uint8), captions=np.array(["a"] * 4))
+    np.savez(tmp_path / "b.npz", images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.zeros(3, int))
+    np.savez(tmp_path / "c.npz", pictures=np.zeros(3))
+    np.savez(tmp_path / "d.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
+    (tmp_path / "e.npz").write_text("x")
+    for name, words in (("a", "8 x 6, and a square"), ("b", "3 labels for 4 images"), ("c", "needs images"), ("d", "no captions"), ("e", "cannot be read")):
+        with pytest.raises(SystemExit):
+            dit.main([*RUN, "--data", str(tmp_path / f"{name}.npz"), "--out", str(tmp_path / "o")])
+        assert words in capsys.readouterr().err

@@ -76,7 +76,7 @@ def bench_cases():
     for name, (op, _, which) in OPS.items():
         args = [t.detach().bfloat16().requires_grad_() for t in inputs(which, (1024, 768))]
         cases.append((f"{name} (1024, 768)", *traffic_case(op, which, args)))
-    return cases
+    return cases + modulate_cases() + group_cases()
 
 
 def launches():
@@ -163,3 +163,135 @@ def test_edges(triton_form):
         norm.rms_norm(torch.empty(1, 8193), torch.empty(8193))
     with pytest.raises(ValueError, match=r"shapes \[\(70, 40\), \(39,\)\]"):
         norm.rms_norm(x, w[1:])
+
+
+# ---------------------------------------------------------------- modulation
+def modulate_inputs(added, B, T, C, dtype=torch.float64):
+    """shift, scale and gate as a model has them: views of one (B, 6, C)."""
+    torch.manual_seed(0)
+    x, r = torch.randn(2, B, T, C, dtype=dtype).unbind(0)
+    six = torch.randn(B, 6, C, dtype=dtype)
+    x, r, gate, shift, scale = (t.requires_grad_() for t in (x.clone(), r.clone(), six[:, 2], six[:, 3], six[:, 4]))
+    return (x, r, gate, shift, scale) if added else (x, shift, scale)
+
+
+MODULATE = {"modulate": (norm.modulate, norm.modulate_ref, False), "add_modulate": (norm.add_modulate, norm.add_modulate_ref, True)}
+
+
+@pytest.mark.parametrize("name", MODULATE)
+def test_modulate(name):
+    op, ref, added = MODULATE[name]
+    K.check_numerics(op, ref, [modulate_inputs(added, *shape) for shape in ((1, 1, 3), (3, 5, 33), (2, 67, 64), (2, 9, 257))])
+
+
+def modulate_cases():
+    cases = []
+    for name, (op, _, added) in MODULATE.items():
+        args = [t.detach().bfloat16().requires_grad_() for t in modulate_inputs(added, 4, 256, 384)]
+        x, dy, stats = args[0], torch.randn(args[0].shape).bfloat16(), 4 * 2 * 4 * 256
+        forward = lambda op=op, args=args: op(*args)
+        backward = lambda out, args=args, dy=dy, added=added: torch.autograd.grad(out, args, (dy, dy) if added else dy)
+        forward_floor = K.nbytes(*args, x) + added * K.nbytes(x) + stats  # + y (, s)
+        # dy, x, dx, scale, dshift, dscale (; ds, r, dr, gate, dgate)
+        backward_floor = K.nbytes(dy, x, x, *[args[-1]] * 3) + added * K.nbytes(dy, x, x, args[-1], args[-1]) + stats
+        cases.append((f"{name} (4, 256, 384)", forward, backward, forward_floor, backward_floor))
+    return cases
+
+
+def group_inputs(B, C, *size, dtype=torch.float64, last=False):
+    torch.manual_seed(0)
+    x = torch.randn(B, C, *size, dtype=dtype) * 2 + 1
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    return x.requires_grad_(), torch.randn(C, dtype=dtype).requires_grad_(), torch.randn(C, dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("silu", [True, False])
+def test_group_norm_silu(silu):
+    """Both memory formats, one tile and several, three dimensions, one pixel."""
+    cases = []
+    for shape, groups, last in (((2, 6, 5, 3), 2, False), ((2, 6, 5, 3), 3, True), ((1, 12, 41, 40), 4, False), ((1, 12, 41, 40), 2, True), ((2, 8, 7), 8, False),
+                                ((3, 8, 1, 1), 2, True)):  # fmt: skip
+        cases.append((group_inputs(*shape, last=last), dict(groups=groups, silu=silu)))
+    K.check_numerics(norm.group_norm_silu, norm.group_norm_silu_ref, cases, tol={torch.float32: 1e-5, torch.bfloat16: 2e-2})
+    x, w, b = group_inputs(2, 8, 6, 6, dtype=torch.float32, last=True)
+    far = norm.group_norm_silu_ref((x + 300).double(), w, b, 2).float()
+    with K.triton_form():
+        y = norm.group_norm_silu(x, w, b, 2)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(norm.group_norm_silu(x + 300, w, b, 2), far, rtol=1e-3, atol=1e-3)
+        torch.library.opcheck(norm.group_norm_op, (x, w, b, 2, 1e-5, True))
+        m = modulate_inputs(True, 2, 5, 12, torch.float32)
+        torch.library.opcheck(norm.modulate_op, (*m, 1e-6))
+        with pytest.raises(ValueError, match="3 groups"):
+            norm.group_norm_silu(x, w, b, 3)
+        with pytest.raises(ValueError, match="modulate: shapes"):
+            norm.modulate(m[0], m[2][:1], m[3])
+
+
+def group_cases():
+    """A group in one tile: 8 x 256 numbers."""
+    cases = []
+    for last in (False, True):
+        x, w, b = (t.detach().bfloat16().requires_grad_() for t in group_inputs(2, 64, 16, 16, last=last))
+        dy = torch.randn(x.shape).bfloat16().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        stats = 4 * 2 * 2 * 8
+        forward = lambda x=x, w=w, b=b: norm.group_norm_silu(x, w, b, 8)
+        backward = lambda out, x=x, w=w, b=b, dy=dy: torch.autograd.grad(out, (x, w, b), dy)
+        cases.append((f"group_norm_silu (2, 64, 16, 16){', channels last' * last}", forward, backward, K.nbytes(x, x, w, b) + stats,
+                      K.nbytes(dy, x, x, w, b, w, b) + stats))  # fmt: skip
+    return cases
+
+
+def test_image_traffic():
+    for name, forward, backward, forward_floor, backward_floor in modulate_cases() + group_cases():
+        out = []
+        print(name, K.check_traffic(lambda: out.append(forward()), forward_floor, 1.1), K.check_traffic(lambda: backward(out[0]), backward_floor, 1.1))
+    x, w, b = (t.detach().bfloat16().requires_grad_() for t in group_inputs(1, 32, 48, 48))  # several tiles: twice, from the cache
+    out = []
+    print(K.check_traffic(lambda: out.append(norm.group_norm_silu(x, w, b, 4)), K.nbytes(x, x), 1.55),
+          K.check_traffic(lambda: torch.autograd.grad(out[0], (x, w, b), x), K.nbytes(x, x, x), 1.75))
+
+
+def image_launches():
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for added, C, dtype in ((False, 384, bf16), (True, 1152, bf16), (True, 4096, fp32), (True, 1000, fp16)):
+        args = [torch.empty(2, 256, C, dtype=dtype, requires_grad=True) for _ in range(1 + added)]
+        args += [t.requires_grad_() for t in torch.empty(2, 6, C, dtype=dtype)[:, 3 - added : 5].unbind(1)]
+        out = (norm.add_modulate if added else norm.modulate)(*args)
+        torch.autograd.grad(out, args, tuple(torch.empty_like(t) for t in out) if added else out)
+    for C, side, groups, last, dtype in ((320, 64, 32, False, bf16), (320, 64, 32, True, bf16), (64, 16, 8, True, fp32), (2560, 8, 32, True, bf16), (128, 32, 32, False, fp32)):
+        x = torch.empty(1, C, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        x, w, b = (t.requires_grad_() for t in (x, *torch.empty(2, C, dtype=dtype)))
+        out = norm.group_norm_silu(x, w, b, groups)
+        torch.autograd.grad(out, (x, w, b), out)
+
+
+def test_image_kernels_compile():
+    K.check_compiles("test_norm", "image_launches")
+
+
+@pytest.mark.parametrize("name", MODULATE)
+def test_modulate_torch_form(name):
+    """The CPU's form, with its own backward from 16,384 numbers a sample on, equals the definition; 16-bit branches beside a fp32 stream."""
+    op, ref, added = MODULATE[name]
+    for shape, dtype, tol in (((3, 5, 24), torch.float64, 1e-12), ((2, 130, 128), torch.float32, 1e-5), ((3, 70, 64), torch.bfloat16, 3e-2)):
+        args = [t.detach().to(dtype).requires_grad_() for t in modulate_inputs(added, *shape)]
+        got, want = op(*args), ref(*args)
+        got, want = ((r,) if torch.is_tensor(r) else r for r in (got, want))
+        for a, b in zip([*got, *torch.autograd.grad(got, args, [*map(torch.ones_like, got)])], [*want, *torch.autograd.grad(want, args, [*map(torch.ones_like, want)])]):
+            assert a.dtype == b.dtype == dtype and (a.double() - b.double()).norm() <= tol * b.double().norm() + tol
+    args = [t.detach().to(torch.bfloat16 if i else torch.float32).requires_grad_() for i, t in enumerate(modulate_inputs(added, 2, 70, 64))]
+    out = op(*args)
+    out = out if added else (out,)
+    assert all(t.dtype == torch.float32 for t in out)
+    assert [g.dtype for g in torch.autograd.grad(out, args, out)] == [t.dtype for t in args]
+
+
+def test_group_norm_torch_form():
+    for last in (False, True):
+        x, w, b = group_inputs(2, 8, 5, 6, last=last, dtype=torch.float32)
+        for silu in (True, False):
+            got, want = (f(x, w, b, 4, silu=silu) for f in (norm.group_norm_silu, norm.group_norm_silu_ref))
+            assert got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+            for p, q in zip([got, *torch.autograd.grad(got, (x, w, b), got.detach())], [want, *torch.autograd.grad(want, (x, w, b), want.detach())]):
+                torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
