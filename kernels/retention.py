@@ -305,8 +305,8 @@ if triton is not None:
         ctx.set_materialize_grads(False)  # an unused final brings no gradient: not a tensor of zeros to read
 
     def retention_backward(ctx, do, dfinal):
-        *_, v, _, initial = ctx.saved_tensors
-        dq, dk, dv, dinitial = retention_bwd_op(torch.zeros_like(v) if do is None else do, dfinal, *ctx.saved_tensors)
+        saved = *_, v, _, initial = ctx.saved_tensors  # once: activation checkpointing hands them out a single time
+        dq, dk, dv, dinitial = retention_bwd_op(torch.zeros_like(v) if do is None else do, dfinal, *saved)
         return dq, dk, dv, None, None if initial is None else dinitial.to(initial.dtype)
 
     retention_op.register_autograd(retention_backward, setup_context=save_for_backward)

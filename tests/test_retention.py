@@ -39,7 +39,7 @@ def rows(*shape, dtype=torch.float64):
 
 def test_gated_norm_numerics():
     o, z = rows(5, 33, 3)
-    K.check_numerics(R.gated_norm, R.gated_norm_ref, [rows(1, 1), rows(3, 2, 54), rows(5, 432), (o.mT, z.mT)], floor=1e-3)
+    K.check_numerics(R.gated_norm, R.gated_norm_ref, [rows(1, 3), rows(3, 2, 54), rows(5, 432), (o.mT, z.mT)])
 
 
 # ---------------------------------------------------------------- traffic
@@ -82,8 +82,7 @@ def bench_cases():
 # ---------------------------------------------------------------- machine code
 def launches():
     """One forward and its backward at each size, with the official sizes' strides: views of projections (B, T, H K)."""
-    for Kd, V, dtype in ((256, 432, torch.bfloat16), (256, 428, torch.float32), (128, 216, torch.bfloat16), (32, 54, torch.bfloat16),
-                         (512, 512, torch.bfloat16)):
+    for Kd, V, dtype in ((256, 432, torch.bfloat16), (256, 428, torch.float32), (32, 54, torch.bfloat16), (512, 512, torch.bfloat16)):
         q, k = (torch.empty(1, 64, 2 * Kd, dtype=dtype).unflatten(-1, (2, Kd)).requires_grad_() for _ in "qk")
         v, z = (torch.empty(1, 64, 2 * V, dtype=dtype).unflatten(-1, (2, V)).requires_grad_() for _ in "vz")
         S = torch.empty(1, 2, Kd, V, requires_grad=True)
@@ -93,7 +92,7 @@ def launches():
 
 
 def test_compiles():
-    """Heads of the official sizes (V 428 is not divisible by 8), of the presets gpu and cpu, and the largest."""
+    """Heads of the official sizes (V 428 is not divisible by 8), of the preset cpu, and the largest."""
     rows = K.check_compiles("test_retention", "launches")
     assert {r["kernel"] for r in rows} == {"retention_kernel", "gated_norm_fwd_kernel", "gated_norm_bwd_kernel"}
 
