@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from memory import Tracker, peak_of  # noqa: E402
 from peers import PEERS, SPEAKERS, VOCAB, load  # noqa: E402
 
+PICTURES = dict(layers=12, dim=384, heads=6, patch=4, size=32, channels=3, classes=10, cond="class", objective="ddpm", learn_sigma=False, batch=16)
 SIZES = dict(small=dict(layers=4, dim=128, heads=4, seq=64, batch=12), large=dict(layers=6, dim=384, heads=6, seq=256, batch=8))
 DTYPES = {False: torch.float32, True: torch.bfloat16}
 
@@ -49,9 +50,9 @@ def stepper(loss, optimizers, bf16):
     """A training step: forward, backward, clipping, optimizer."""
     params = [p for o in optimizers for g in o.param_groups for p in g["params"]]
 
-    def step(x, y):
+    def step(*batch):
         with torch.autocast("cpu", torch.bfloat16, bf16):
-            value = loss(x, y)
+            value = loss(*batch)
         value.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         for o in optimizers:
@@ -90,13 +91,15 @@ def table(title, found, ours, unit, more=None):
 
 
 def train(name, module, me, flags, peers, n, bf16):
-    size = SIZES[name]
-    x = torch.randint(VOCAB, (size["batch"], size["seq"]))
-    y, made = x.roll(-1, 1), {}
+    pictures, made = hasattr(module, "example"), {}  # dit.py and unet.py
+    size = PICTURES if pictures else SIZES[name]
     cfg = configure(module, size, flags)
+    x = torch.randint(VOCAB, (size["batch"], size.get("seq", 1)))
+    batch = module.example(cfg, size["batch"]) if pictures else (x, x.roll(-1, 1))
     torch.manual_seed(0)
     model = module.Model(cfg)
-    made[me] = stepper(model, module.make_optimizers(model, cfg), bf16)
+    goal = model.objective() if pictures else model
+    made[me] = stepper(goal, [o for o in module.make_optimizers(model, cfg) if not hasattr(o, "swap")], bf16)  # no peer averages its weights
     for peer, make in PEERS.get(me, {}).items():
         torch.manual_seed(0)
         try:
@@ -105,12 +108,13 @@ def train(name, module, me, flags, peers, n, bf16):
             print(f"left out: {peer} ({e})")
             continue
         made[peer] = stepper(loss, [optimizer], bf16)
-    held = {k: f"{peak_of(lambda f=f: (f(x, y), f(x, y))) / 2**20:,.0f}" for k, f in made.items()}
-    found = rounds({k: (lambda f=f: f(x, y)) for k, f in made.items()}, 10 if name == "small" else 3, n)
+    held = {k: f"{peak_of(lambda f=f: (f(*batch), f(*batch))) / 2**20:,.0f}" for k, f in made.items()}
+    found = rounds({k: (lambda f=f: f(*batch)) for k, f in made.items()}, 10 if name == "small" else 3, n)
     with Flops() as flops:
-        model(x, y).backward()
+        goal(*batch).backward()
     peak = flops.total / matmul_peak(DTYPES[bf16])
-    shape = f"{size['layers']} x {size['dim']}, T = {size['seq']}, B = {size['batch']}, {'bf16 autocast' if bf16 else 'fp32'}"
+    shape = f"{size['layers']} x {size['dim']}, T = {size['seq']}" if "seq" in size else f"{size['size']} x {size['size']} x {size['channels']}"
+    shape = f"{shape}, B = {size['batch']}, {'bf16 autocast' if bf16 else 'fp32'}"
     table(f"Training step, {shape}", found, me, "ms", {"MB": held, "matmul peak": {me: f"{peak / statistics.median(found[me]):.0%}"}})
 
 
@@ -192,7 +196,7 @@ if __name__ == "__main__":
         ctypes.CDLL(None).mallopt(-1, 1 << 30)
         ctypes.CDLL(None).mallopt(-3, 1 << 30)
     print(f"{torch.get_num_threads()} threads, matmul peak {matmul_peak(torch.float32) / 1e9:.0f} GFLOP/s in fp32, {matmul_peak(torch.bfloat16) / 1e9:.0f} in bf16")
-    for name in [a.only] if a.only else ["small", "large", "generate"]:
+    for name in [a.only] if a.only else ["large"] if hasattr(module, "example") else ["small", "large", "generate"]:
         if name == "generate":
             generate(module, me, flags, a.rounds)
         elif name == "length":

@@ -67,13 +67,17 @@ class Mlp(nn.Module):
 
 def official(folder):
     """-> the modules models and diffusion of the checkout."""
-    for name in ("timm", "timm.models", "timm.models.vision_transformer"):
-        sys.modules.setdefault(name, types.ModuleType(name))
-    vars(sys.modules["timm.models.vision_transformer"]).update(PatchEmbed=PatchEmbed, Attention=Attention, Mlp=Mlp)
+    stubs = ("timm", "timm.models", "timm.models.vision_transformer")
+    for name in stubs:
+        sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[stubs[-1]]).update(PatchEmbed=PatchEmbed, Attention=Attention, Mlp=Mlp)
     sys.path.insert(0, str(folder))
     import diffusion
     import models
 
+    sys.path.remove(str(folder))
+    for name in stubs:  # others ask whether timm is there
+        del sys.modules[name]
     return models, diffusion
 
 
