@@ -402,7 +402,7 @@ if triton is not None:
     def modulate_bwd_op(dy: torch.Tensor, ds: torch.Tensor | None, s: torch.Tensor, r: torch.Tensor | None, gate: torch.Tensor | None,
                         scale: torch.Tensor, stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> dx, dr (empty without r), and dshift, dscale (, dgate): (2 or 3, B, C) fp32."""
-        M, T, C, grid, config = modulate_config(s, 2 + (ds is not None) + (r is not None), 16)
+        M, T, C, grid, config = modulate_config(s, 2 + (ds is not None) + (r is not None), 48)  # 48: a program writes its sums
         dx = torch.empty_like(s)
         dr = s.new_empty(0) if r is None else torch.empty_like(r)
         sums = torch.empty(2 if r is None else 3, grid[1], grid[0], C, dtype=torch.float32, device=s.device)

@@ -212,7 +212,7 @@ def test_group_norm_silu(silu):
     for shape, groups, last in (((2, 6, 5, 3), 2, False), ((2, 6, 5, 3), 3, True), ((1, 12, 41, 40), 4, False), ((1, 12, 41, 40), 2, True), ((2, 8, 7), 8, False),
                                 ((3, 8, 1, 1), 2, True)):  # fmt: skip
         cases.append((group_inputs(*shape, last=last), dict(groups=groups, silu=silu)))
-    K.check_numerics(norm.group_norm_silu, norm.group_norm_silu_ref, cases, tol={torch.float32: 1e-5, torch.bfloat16: 2e-2})
+    K.check_numerics(norm.group_norm_silu, norm.group_norm_silu_ref, cases)
     x, w, b = group_inputs(2, 8, 6, 6, dtype=torch.float32, last=True)
     far = norm.group_norm_silu_ref((x + 300).double(), w, b, 2).float()
     with K.triton_form():
