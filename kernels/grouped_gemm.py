@@ -181,7 +181,7 @@ if triton is not None:
                 b_w = tl.load(p_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
                 acc = tl.dot(b_a, b_w, acc, input_precision="ieee")
                 if GLU:
-                    b_w = tl.load(p_w + N.to(tl.int64) * sw_n, mask=m_k[:, None] & m_n[None, :], other=0.0)
+                    b_w = tl.load(p_w + tl.cast(N, tl.int64) * sw_n, mask=m_k[:, None] & m_n[None, :], other=0.0)
                     acc3 = tl.dot(b_a, b_w, acc3, input_precision="ieee")
                 p_a += BK
                 p_w += BK * sw_k
@@ -259,23 +259,27 @@ if triton is not None:
         tl.store(OUT + n * C + o_c, acc, mask=m_c)
 
     # BM, BN, BK, warps, stages. 64 rows: an expert's last tile is half empty on average, so wide tiles waste more with few tokens.
-    # fp32 goes without tensor cores, all of it in registers. GLU holds two sums.
-    def tiles(dtype, glu=False):
+    # fp32 goes without tensor cores, all of it in registers. GLU holds two sums. Widths that 16 does not divide are loaded element by
+    # element, each with its own address: small tiles then, or the addresses spill.
+    def tiles(dtype, glu=False, aligned=True):
         if dtype == torch.float32:
             return dict(BM=32, BN=32, BK=16, num_warps=4, num_stages=2) if glu else dict(BM=64, BN=64, BK=16, num_warps=4, num_stages=2)
+        if not aligned:
+            return dict(BM=32, BN=32, BK=32, num_warps=4, num_stages=2)
         return dict(BM=64, BN=64 if glu else 128, BK=32, num_warps=4, num_stages=3)
 
     def rows_product(a, order, w, c, ends, topk, h=None, gelu=False):
         """w (E, N, K) of any strides (h given: (E, 2N, K), contiguous), into c (NK, N), or c (NK, 2N) or None and h (NK, N)."""
         E, N, K = w.shape[0], w.shape[1] // (1 if h is None else 2), w.shape[2]
-        how = tiles(a.dtype, h is not None)
+        how = tiles(a.dtype, h is not None, N % 16 == K % 16 == 0)
         R = (c if h is None else h).shape[0]
         grid = ((triton.cdiv(R, how["BM"]) + E) * triton.cdiv(N, how["BN"]),)
         rows_kernel[grid](a, order, w, c, h, ends, E, N, K, topk, *w.stride(), GLU=h is not None, GELU=gelu,
                           BE=max(16, triton.next_power_of_2(E)), **how)
 
     def weights_product(d, a, order, ends, topk, gather_d, E):
-        (M, N), how = (d.shape[1], a.shape[1]), tiles(a.dtype)
+        M, N = d.shape[1], a.shape[1]
+        how = tiles(a.dtype, aligned=M % 16 == N % 16 == 0)
         dw = torch.empty(E, M, N, dtype=a.dtype, device=a.device)
         grid = (E * triton.cdiv(M, how["BM"]) * triton.cdiv(N, how["BN"]),)
         weights_kernel[grid](d, a, order, dw, ends, M, N, topk, GATHER_D=gather_d, **how)
