@@ -387,7 +387,7 @@ def retention(q, k, v, log_decay, initial=None):
         shapes = [tuple(x.shape) for x in (q, k, v, log_decay, initial) if x is not None]
         raise ValueError(f"retention: shapes {shapes}; expected q, k (B, T, H, K), v (B, T, H, V), log_decay (H,), "
                          "initial (B, H, K, V)")
-    if torch.is_autocast_enabled(q.device.type):
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"retention: q {q.dtype}, k {k.dtype}, v {v.dtype}; expected one dtype")
