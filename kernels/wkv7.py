@@ -26,7 +26,8 @@ Saved for backward: the inputs and the state before each chunk (kernels: rounded
 it). A, its inverse and u are made again.
 Bytes, in bf16 at N = 64 and a token and head: 6 inputs and y are 896, which is the floor, the saved states 512: 1.6 times the
 floor forward; backward 13 tensors, 1664, and the states again: 1.3 times.
-Open: on sm_89 with N = 64 both kernels use all 255 registers and spill (bf16: 28 instructions forward, 765 backward).
+Open: spills on sm_89 at N = 64. In fp32 8 warps have none forward, 280 instructions backward (4 warps: 108 and 672); bf16 with
+4 warps has 28 and 765, with 8 it was not counted.
 FLOPs: 8 N^2 + 20 L N a token and head forward, 2.5 times that backward; token by token it is 9 N^2, but no matrix products.
 """
 import os
@@ -306,7 +307,8 @@ if triton is not None:
     TILE = 16  # tokens of a chunk in the kernels
 
     def config(N):
-        return dict(N=N, BN=max(16, triton.next_power_of_2(N)), BT=TILE, LOG=TILE.bit_length() - 1, num_warps=4, num_stages=1)
+        BN = max(16, triton.next_power_of_2(N))
+        return dict(N=N, BN=BN, BT=TILE, LOG=TILE.bit_length() - 1, num_warps=8 if BN == 64 else 4, num_stages=1)
 
     @torch.library.custom_op("kernels::wkv7", mutates_args=())
     def wkv7_op(r: torch.Tensor, w: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
