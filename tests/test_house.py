@@ -34,10 +34,11 @@ def test_learns_and_resumes_after_kill(tmp_path, text, file):
     finish(start([*args, "--out", one], name))
     cut = start([*args, "--out", two], name)
     for line in cut.stdout:
-        if line.startswith("step 3"):  # past the save at step 20
+        if line.startswith("step 30/"):  # past the save at step 20
             break
     cut.kill()
     cut.wait()
+    assert max(losses(two)) < 60, "it was cut"
     finish(start(["--resume", "--out", two, "--log-every", "1"], name))
     a, b = losses(one), losses(two)
     assert float(a[60][1]) < 2.3, "the letters' frequencies alone give 2.6"
