@@ -44,7 +44,7 @@ def traffic_case(N, top, C, F, E):
 def test_traffic():
     """Each address once a launch: h and y between the products, written and read, are what is above the floor, and in backward
     d, p h, (da, db) and the choices' dx."""
-    forward, backward, floor, floor_bwd = traffic_case(512, 2, 128, 256, 4)
+    forward, backward, floor, floor_bwd = traffic_case(192, 2, 64, 128, 4)
     out = []
     print(K.check_traffic(lambda: out.append(forward()), floor, 2.0, once=True), K.check_traffic(lambda: backward(out[0]), floor_bwd, 3.1, once=True))
 
