@@ -744,7 +744,7 @@ class VAE(nn.Module):
         self.decoder = Coder(n, 3, cfg, down=False)
         self.quant_conv = nn.Conv2d(2 * n, 2 * n, 1)
         self.post_quant_conv = nn.Conv2d(n, n, 1)
-        self.register_buffer("spread", torch.tensor(1 / cfg.scale if cfg.scale else 1.0), persistent=False)  # z's deviation, a running mean
+        self.spread = None  # z's deviation in training, a running mean
         self.errors, self.seen = [], None  # mean squared errors of the evaluation at hand, and its last pictures
 
     def encode(self, x):
@@ -767,7 +767,9 @@ class VAE(nn.Module):
             return F.mse_loss(x, x0.expand_as(x))
         self.errors = []
         z = mean + (logvar / 2).exp() * noise
-        self.spread.lerp_(z.detach().float().std(), 0.01)
+        std = z.detach().float().std()
+        before = self.spread if self.spread is not None else std if not self.cfg.scale else torch.full_like(std, 1 / self.cfg.scale)
+        self.spread = before.lerp(std, 0.01)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return F.mse_loss(self.decode(z).float(), x0.expand(-1, 3, -1, -1)) + self.cfg.kl * kl
 
@@ -793,7 +795,8 @@ class VAE(nn.Module):
         return dict(
             _class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=c.latent, block_out_channels=c.vae_widths,
             down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n, layers_per_block=c.vae_layers,
-            norm_num_groups=c.groups, act_fn="silu", sample_size=c.size, scaling_factor=1 / self.spread.item(), use_quant_conv=True,
+            norm_num_groups=c.groups, act_fn="silu", sample_size=c.size, use_quant_conv=True,
+            scaling_factor=(c.scale or 1.0) if self.spread is None else 1 / self.spread.item(),
             use_post_quant_conv=True, mid_block_add_attention=True, shift_factor=None, latents_mean=None, latents_std=None,
         )  # fmt: skip
 
