@@ -1,6 +1,20 @@
 """
 Selective scan: the recurrence of Mamba-1
     Gu & Dao 2023, arXiv:2312.00752v2, eq. 2a, 2b and algorithm 2
+
+    d_t = softplus(dt_t + dt_bias),  a_t = exp(d_t A)                      (E,) and (E, N): a decay for each channel and state
+    s_t = a_t s_{t-1} + d_t u_t B_t                                        (E, N)
+    y_t = (sum_n C_tn s_tn + D u_t) silu(z_t)                              D, z, dt_bias, initial: None leaves them out
+    backward, with o = dy silu(z) and g_t = dL/ds_t = C_t o_t + a_{t+1} g_{t+1}  (after the last: dfinal), w_t = g_t a_t s_{t-1}:
+    dC_t = sum_e o_t s_t,   dB_t = sum_e d_t u_t g_t,   q_t = sum_n B_t g_t,   du_t = d_t q_t + D o_t,   dD = sum o u
+    dd_t = u_t q_t + sum_n A w_t,   ddt_t = dd_t (1 - exp(-d_t)),   dA = sum_t d_t w_t,   dz = dy silu'(z) (y before the gate)
+
+Shapes: u, dt, z (B, T, E), A (E, N), B, C (B, T, N), D, dt_bias (E,), initial (B, E, N) -> y (B, T, E) in u's dtype, final
+(B, E, N) fp32 (fp64 for fp64). fp32, bf16 or fp16, A, D and dt_bias may be fp32 beside 16-bit tensors; u, dt, z, B and C may be
+columns of wider tensors, as those of a projection are. State and arithmetic are fp32.
+
+The state of all tokens, (B, T, E, N), is never held: it is made 8 tokens at a time, and again in backward, from the states
+before each 8 tokens, which are kept. There is no Triton form yet: a GPU runs the same plain PyTorch.
 """
 import os
 
@@ -88,16 +102,21 @@ class SelectiveScan(torch.autograd.Function):
                 y[:, i:i + CHUNK] = out.transpose(0, 1)
         ctx.save_for_backward(u, delta, A, B, C, D, z, states)
         ctx.optional = dt_bias is not None, initial is not None
+        ctx.set_materialize_grads(False)  # an unused final brings no gradient
         return y, s[Q].transpose(1, 2).contiguous()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dfinal):
         u, delta, A, B, C, D, z, states = ctx.saved_tensors
         (_, batch, N, E), T, dtype = states.shape, u.shape[1], delta.dtype
         At = A.to(dtype).t().contiguous()  # (N, E)
         A2 = At * LOG2E
         a, s, h = (delta.new_empty(CHUNK + n, batch, N, E) for n in (0, 1, 0))
-        dA, dD, G = delta.new_zeros(N, E), delta.new_zeros(E), dfinal.to(dtype).transpose(1, 2).contiguous()
+        dA, dD, G = delta.new_zeros(N, E), delta.new_zeros(E), torch.zeros_like(states[0])
+        if dfinal is not None:
+            G.copy_(dfinal.transpose(1, 2))
+        dy = torch.zeros_like(u) if dy is None else dy
         du, ddt, dz = (None if v is None else torch.empty_like(v) for v in (u, delta, z))
         dB, dC = torch.empty_like(B), torch.empty_like(C)
         with torch.autocast(u.device.type, enabled=False):
@@ -143,9 +162,12 @@ class SelectiveScan(torch.autograd.Function):
 
 
 def selective_scan(u, dt, A, B, C, D=None, z=None, dt_bias=None, initial=None):
-    """u, dt, z (B, T, E), A (E, N), B and C (B, T, N), D and dt_bias (E,), initial (B, E, N)
-    -> y (B, T, E) in u's dtype, final (B, E, N) in fp32."""
-    which = form(u)
-    if which == "ref":
-        return selective_scan_ref(u, dt, A, B, C, D, z, dt_bias, initial)
-    return SelectiveScan.apply(u, dt, A, B, C, D, z, dt_bias, initial)
+    """u, dt, z (B, T, E), A (E, N), B and C (B, T, N), D and dt_bias (E,), initial (B, E, N): the state before the first token, or zeros
+    -> y (B, T, E) in u's dtype, final (B, E, N) in fp32. ValueError: shapes that do not fit."""
+    (batch, T, E), N = u.shape, A.shape[-1]
+    want = [(batch, T, E), (batch, T, E), (E, N), (batch, T, N), (batch, T, N), (E,), (batch, T, E), (E,), (batch, E, N)]
+    found = [None if t is None else tuple(t.shape) for t in (u, dt, A, B, C, D, z, dt_bias, initial)]
+    if any(f not in (None, w) for f, w in zip(found, want)):
+        raise ValueError(f"selective_scan: shapes {found}; expected u, dt, z (B, T, E), A (E, N), B, C (B, T, N), D, dt_bias (E,), "
+                         "initial (B, E, N)")
+    return (selective_scan_ref if form(u) == "ref" else SelectiveScan.apply)(u, dt, A, B, C, D, z, dt_bias, initial)

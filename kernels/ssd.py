@@ -1,6 +1,26 @@
 """
-State space duality: the recurrence of Mamba-2, in chunks and with matrix products
-    Dao & Gu 2024, arXiv:2405.21060v1, section 6
+State space duality: the recurrence of Mamba-2, chunk by chunk with matrix products
+    Dao & Gu 2024, arXiv:2405.21060v1, section 6 and listing 1
+
+    S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T,   y_t = S_t C_t + D x_t           per head: S (P, N), dt_t, A, D numbers
+    in a chunk of Q tokens, after the state S, with c_i = (dt_1 + ... + dt_i) A from the chunk's start, v_j = dt_j x_j,
+    e_i = exp(c_i), w_j = exp(c_Q - c_j), L_ij = exp(c_i - c_j) for i >= j, else 0:
+    y_i = sum_j L_ij (C_i . B_j) v_j + e_i S C_i + D x_i,    S' = e_Q S + sum_j w_j v_j B_j^T
+    backward, with o = dy, R = dL/dS' of the state that the chunk leaves (after the last: dfinal), X_ij = L_ij (o_i . v_j):
+    dC_i = sum_j X_ij B_j + e_i S^T o_i,      dB_j = sum_i X_ij C_i + w_j R^T v_j                (summed over the group's heads)
+    dv_j = sum_i L_ij (C_i . B_j) o_i + w_j R B_j,      R' = e_Q R + sum_i e_i o_i C_i^T,        dx_j = dt_j dv_j + D o_j
+    c: with W_ij = X_ij (C_i . B_j), i > j:   dL/dc_i = sum_j W_ij - sum_j W_ji + e_i o_i . S C_i - w_i v_i . R B_i
+    dt_t counts in c_i of all i >= t, also beyond its chunk:  dL/d(dt_t A) = sum_{i >= t} dL/dc_i + dfinal . final
+    ddt_t = A dL/d(dt_t A) + x_t . dv_t,   dA = sum_t dt_t dL/d(dt_t A),   dD = sum_t o_t . x_t
+
+Every exponent is a difference of sums within one chunk and at most 0, so nothing overflows however small a decay is.
+
+Shapes: x (B, T, H, P), dt (B, T, H), A, D (H,), B, C (B, T, G, N), initial (B, H, P, N) -> y (B, T, H, P) in x's dtype, final
+(B, H, P, N) fp32 (fp64 for fp64). Head h has B and C of group h G / H. x, B and C of one dtype, fp32, bf16 or fp16, and of any
+strides but the last, as columns of a projection are; dt > 0 (after its softplus), A < 0 and D fp32.
+Sums and the state are fp32; a matrix is rounded to the inputs' dtype to be multiplied.
+
+Kept for backward: the state before each chunk of 64 tokens. There is no Triton form yet: a GPU runs the same plain PyTorch.
 """
 import os
 
@@ -88,15 +108,18 @@ class SSD(torch.autograd.Function):
                 torch.add(S.view(states[k].shape), by_group(v * w[..., None], G).mT @ b, out=states[k + 1])
         ctx.save_for_backward(x, dt, A, B, C, D, states)
         ctx.initial = initial is not None
+        ctx.set_materialize_grads(False)  # an unused final brings no gradient
         return y, states[-1].reshape(batch, H, P, N).clone()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dfinal):
         x, dt, A, B, C, D, states = ctx.saved_tensors
-        (batch, T, H, P), (G, N), dtype = x.shape, B.shape[2:], dt.dtype
+        (batch, _, H, P), G, dtype = x.shape, B.shape[2], dt.dtype
         dx, ddt, dB, dC = (torch.empty_like(t) for t in (x, dt, B, C))
         dA, dD = dt.new_zeros(H), dt.new_zeros(H)
-        dS = dfinal.to(dtype).reshape(states.shape[1:])
+        dS = torch.zeros_like(states[0]) if dfinal is None else dfinal.to(dtype).reshape(states.shape[1:])
+        dy = torch.zeros_like(x) if dy is None else dy
         with torch.autocast(x.device.type, enabled=False):
             for k in reversed(range(len(states) - 1)):
                 now, S = slice(k * CHUNK, (k + 1) * CHUNK), states[k]
@@ -131,13 +154,16 @@ class SSD(torch.autograd.Function):
                     dX.addcmul_(do, D[:, None])
                     dD += (do * X).sum((0, 1, 3))
                 dx[:, now] = dX
-        return dx, ddt, dA, dB, dC, dD if D is not None else None, dS.view(batch, H, P, N) if ctx.initial else None
+        return dx, ddt, dA, dB, dC, dD if D is not None else None, dS.view(batch, H, P, -1) if ctx.initial else None
 
 
 def ssd(x, dt, A, B, C, D=None, initial=None):
-    """x (B, T, H, P), dt (B, T, H), A (H,), B and C (B, T, G, N), D (H,), initial (B, H, P, N)
-    -> y (B, T, H, P) in x's dtype, final (B, H, P, N) in fp32."""
-    which = form(x)
-    if which == "ref":
-        return ssd_ref(x, dt, A, B, C, D, initial)
-    return SSD.apply(x, dt, A, B, C, D, initial)
+    """x (B, T, H, P), dt (B, T, H), A and D (H,), B and C (B, T, G, N), initial (B, H, P, N): the state before the first token, or zeros
+    -> y (B, T, H, P) in x's dtype, final (B, H, P, N) in fp32. ValueError: shapes that do not fit."""
+    (batch, T, H, P), (G, N) = x.shape, B.shape[2:]
+    want = [(batch, T, H, P), (batch, T, H), (H,), (batch, T, G, N), (batch, T, G, N), (H,), (batch, H, P, N)]
+    found = [None if t is None else tuple(t.shape) for t in (x, dt, A, B, C, D, initial)]
+    if H % G or any(f not in (None, w) for f, w in zip(found, want)):
+        raise ValueError(f"ssd: shapes {found}; expected x (B, T, H, P), dt (B, T, H), A (H,), B, C (B, T, G, N), D (H,), "
+                         "initial (B, H, P, N), H divisible by G")
+    return (ssd_ref if form(x) == "ref" else SSD.apply)(x, dt, A, B, C, D, initial)
