@@ -113,7 +113,7 @@ def test_table(capsys, monkeypatch):
 @pytest.mark.parametrize("argv, says", [
     (["none.py"], "no such file"),
     (["README.md"], "no Python file"),
-    (["bench/plot.py"], "no language model"),
+    (["bench/plot.py"], "no model of this collection"),
     (["gpt2.py", "--layers", "0"], "--layers 0: must be positive"),
     (["gpt2.py", "--preset", "125M"], "--preset 125M: one of"),
     (["gpt2.py", "--device", "mps"], "--device mps: cuda or cpu"),
