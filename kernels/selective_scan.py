@@ -11,10 +11,15 @@ Selective scan: the recurrence of Mamba-1
 
 Shapes: u, dt, z (B, T, E), A (E, N), B, C (B, T, N), D, dt_bias (E,), initial (B, E, N) -> y (B, T, E) in u's dtype, final
 (B, E, N) fp32 (fp64 for fp64). fp32, bf16 or fp16, A, D and dt_bias may be fp32 beside 16-bit tensors; u, dt, z, B and C may be
-columns of wider tensors, as those of a projection are. State and arithmetic are fp32.
+columns of wider tensors, as those of a projection are: the kernels take their strides. State and arithmetic are fp32.
 
-The state of all tokens, (B, T, E, N), is never held: it is made 8 tokens at a time, and again in backward, from the states
-before each 8 tokens, which are kept. There is no Triton form yet: a GPU runs the same plain PyTorch.
+Saved for backward: the inputs and the state after every 64 tokens. Backward makes the states again: from 64 tokens to 64 tokens
+back, first those before each tile of 4, which stay in registers, then in each tile all of them.
+Bytes: (B, T, E, N) is never in memory. Forward reads and writes each tensor once, and N/64 fp32 states an element of u
+(N = 16, bf16: 1/8 of the floor). Backward reads those, and writes what each block of 64 channels has of dB and dC, which PyTorch
+adds up in a fixed order: results repeat bit for bit. The rows of B and C that all blocks read come from the L2 cache.
+Open: with N > 32 (every Mamba has 16) backward spills registers on sm_89.
+FLOPs: about 6 an element of the state forward, 22 backward, and 2 exponentials there: no matrix product, so no tensor cores.
 """
 import os
 
@@ -161,13 +166,254 @@ class SelectiveScan(torch.autograd.Function):
                 G.transpose(1, 2) if initial else None)
 
 
+if triton is not None:
+    # A program has BE channels of one sequence, all their N states, and goes through time in tiles of BT tokens: a tile is [BT, BN,
+    # BE], laid out so that a thread has all BT of its elements, and the recurrence is multiply-adds between its registers: that is
+    # why tile() loads row by row. Sums over states or channels, which go through shared memory, are done once a tile.
+
+    @triton.jit
+    def at(x, o_t, k: tl.constexpr):
+        """x[k] of a tile; -0.0, so that the compiler sees that nothing is added."""
+        return tl.sum(tl.where(o_t == k, x, -0.0), 0)
+
+    @triton.jit
+    def softplus(v):
+        """log(1 + e), e = exp(v), which for small e is e / (w - 1) times the log of w, e + 1 as it was rounded."""
+        e = tl.exp(-tl.abs(v))
+        w = 1 + e
+        return tl.maximum(v, 0.0) + tl.where(w == 1, e, tl.log(w) * (e / tl.where(w == 1, 1.0, w - 1)))
+
+    @triton.jit
+    def tile(x, i, T, s, o_t, o_e, m_e, BT: tl.constexpr, BE: tl.constexpr):
+        """[BT, 1, BE] of x (T, E) from row i on. Loaded at once, the compiler would spread its tokens, and then the state's, over warps."""
+        b = tl.zeros([BT, 1, BE], tl.float32)
+        for k in tl.static_range(BT):
+            row = tl.load(x + (i + k).to(tl.int64) * s + o_e, mask=m_e & (i + k < T), other=0.0).to(tl.float32)  # [1, BE]
+            b = tl.where(o_t == k, row[None], b)
+        return b
+
+    @triton.jit
+    def inputs(u, dt, B, i, T, su, sdt, sB, o_t, o_e, o_n, m_e, m, m_n, b_bias,
+               BT: tl.constexpr, BE: tl.constexpr):
+        """A tile's d, u [BT, 1, BE] and B [BT, BN, 1]; d = 0 past the end leaves the state as it is."""
+        b_d = tl.where(m, softplus(tile(dt, i, T, sdt, o_t, o_e, m_e, BT, BE) + b_bias), 0.0)
+        b_u = tile(u, i, T, su, o_t, o_e, m_e, BT, BE)
+        return b_d, b_u, tl.load(B + (i + o_t).to(tl.int64) * sB + o_n[None], mask=m_n, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def states(b_d, b_u, b_B, b_A, b_s, o_t, BT: tl.constexpr):
+        """-> all s_t and a_t of a tile that begins with the state b_s [BN, BE], and the last s_t."""
+        b_a = tl.exp2(b_d * b_A[None])  # [BT, BN, BE]
+        b_all = b_d * b_u * b_B
+        for k in tl.static_range(BT):
+            b_s = at(b_a, o_t, k) * b_s + at(b_all, o_t, k)
+            b_all = tl.where(o_t == k, b_s[None], b_all)
+        return b_all, b_a, b_s
+
+    @triton.jit
+    def scan_fwd_kernel(u, dt, A, B, C, D, z, dt_bias, initial, y, final, saved, T, E, N, su, sdt, sB, sC, sz,
+                        EVERY: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):
+        """Strides (batch, time) of u, dt, B, C, z; states are (N, E) for each sequence in saved, (E, N) in initial and final."""
+        i_b = tl.program_id(1).to(tl.int64)
+        u += i_b * su[0]
+        dt += i_b * sdt[0]
+        B += i_b * sB[0]
+        C += i_b * sC[0]
+        y += i_b * T * E
+        o_t = tl.arange(0, BT)[:, None, None]
+        o_n, o_e = tl.arange(0, BN)[:, None], tl.program_id(0) * BE + tl.arange(0, BE)[None, :]
+        m_e = o_e < E
+        m_s = (o_n < N) & m_e
+        o_s, n_saved = i_b * E * N + o_e * N + o_n, (T - 1) // EVERY
+        b_A = tl.load(A + o_e * N + o_n, mask=m_s, other=0.0).to(tl.float32) * 1.4426950408889634  # log2(e)
+        b_bias = 0.0 if dt_bias is None else tl.load(dt_bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None]
+        b_D = 0.0 if D is None else tl.load(D + o_e, mask=m_e, other=0.0).to(tl.float32)[None]
+        b_s = tl.zeros([BN, BE], tl.float32)
+        if initial is not None:
+            b_s = tl.load(initial + o_s, mask=m_s, other=0.0).to(tl.float32)
+        for i in range(0, T, BT):
+            if (i % EVERY == 0) & (i > 0):
+                tl.store(saved + (i_b * n_saved + i // EVERY - 1) * N * E + o_n * E + o_e, b_s, mask=m_s)
+            o = (i + o_t).to(tl.int64)
+            m, m_n = (o < T) & m_e[None], (o < T) & (o_n < N)[None]
+            b_d, b_u, b_B = inputs(u, dt, B, i, T, su[1], sdt[1], sB[1], o_t, o_e, o_n, m_e, m, m_n, b_bias, BT, BE)
+            b_C = tl.load(C + o * sC[1] + o_n[None], mask=m_n, other=0.0).to(tl.float32)  # [BT, BN, 1]
+            b_all, _, b_s = states(b_d, b_u, b_B, b_A, b_s, o_t, BT)
+            b_y = tl.sum(b_all * b_C, 1, keep_dims=True) + b_D * b_u  # [BT, 1, BE]
+            if z is not None:
+                b_z = tile(z + i_b * sz[0], i, T, sz[1], o_t, o_e, m_e, BT, BE)
+                b_y *= b_z * tl.sigmoid(b_z)
+            tl.store(y + o * E + o_e[None], b_y, mask=m)
+        tl.store(final + o_s, b_s, mask=m_s)
+
+    @triton.jit
+    def scan_bwd_kernel(dy, dfinal, u, dt, A, B, C, D, z, dt_bias, initial, saved, du, ddt, dz, dB, dC, dA, dvec, dinitial,
+                        T, E, N, sdy, su, sdt, sB, sC, sz, EVERY: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):
+        """dB and dC (blocks of channels, B, T, N), dA (B, E, N), dvec: dD and ddt_bias (2, B, E), each program its part."""
+        i_e, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        dy += i_b * sdy[0]
+        u += i_b * su[0]
+        dt += i_b * sdt[0]
+        B += i_b * sB[0]
+        C += i_b * sC[0]
+        du += i_b * T * E
+        ddt += i_b * T * E
+        dB += (i_e * tl.num_programs(1) + i_b) * T * N
+        dC += (i_e * tl.num_programs(1) + i_b) * T * N
+        TILES: tl.constexpr = EVERY // BT
+        o_t, o_j = tl.arange(0, BT)[:, None, None], tl.arange(0, TILES)[:, None, None]
+        o_n, o_e = tl.arange(0, BN)[:, None], i_e * BE + tl.arange(0, BE)[None, :]
+        m_e = o_e < E
+        m_s = (o_n < N) & m_e
+        o_s, n_saved = i_b * E * N + o_e * N + o_n, (T - 1) // EVERY
+        b_A = tl.load(A + o_e * N + o_n, mask=m_s, other=0.0).to(tl.float32) * 1.4426950408889634
+        b_bias = 0.0 if dt_bias is None else tl.load(dt_bias + o_e, mask=m_e, other=0.0).to(tl.float32)[None]
+        b_D = 0.0 if D is None else tl.load(D + o_e, mask=m_e, other=0.0).to(tl.float32)[None]
+        b_g = tl.zeros([BN, BE], tl.float32)  # a_{t+1} g_{t+1}
+        if dfinal is not None:
+            b_g = tl.load(dfinal + o_s, mask=m_s, other=0.0).to(tl.float32)
+        b_dA, b_dD, b_dbias = tl.zeros([BN, BE], tl.float32), tl.zeros([1, BE], tl.float32), tl.zeros([1, BE], tl.float32)
+        for i in range(n_saved, -1, -1):
+            b_s = tl.zeros([BN, BE], tl.float32)
+            if i > 0:
+                b_s = tl.load(saved + (i_b * n_saved + i - 1) * N * E + o_n * E + o_e, mask=m_s, other=0.0)
+            elif initial is not None:
+                b_s = tl.load(initial + o_s, mask=m_s, other=0.0).to(tl.float32)
+            n_tiles = tl.cdiv(tl.minimum(T - i * EVERY, EVERY), BT)
+            b_before = tl.zeros([TILES, BN, BE], tl.float32)  # the state before each tile
+            for j in range(n_tiles):
+                b_before = tl.where(o_j == j, b_s[None], b_before)
+                first = i * EVERY + j * BT
+                o = (first + o_t).to(tl.int64)
+                m, m_n = (o < T) & m_e[None], (o < T) & (o_n < N)[None]
+                b_d, b_u, b_B = inputs(u, dt, B, first, T, su[1], sdt[1], sB[1], o_t, o_e, o_n, m_e, m, m_n, b_bias, BT, BE)
+                _, _, b_s = states(b_d, b_u, b_B, b_A, b_s, o_t, BT)
+            for j in range(n_tiles - 1, -1, -1):
+                first = i * EVERY + j * BT
+                o = (first + o_t).to(tl.int64)
+                m, m_n = (o < T) & m_e[None], (o < T) & (o_n < N)[None]
+                b_d, b_u, b_B = inputs(u, dt, B, first, T, su[1], sdt[1], sB[1], o_t, o_e, o_n, m_e, m, m_n, b_bias, BT, BE)
+                b_all, b_a, _ = states(b_d, b_u, b_B, b_A, tl.sum(tl.where(o_j == j, b_before, 0.0), 0), o_t, BT)
+                b_C = tl.load(C + o * sC[1] + o_n[None], mask=m_n, other=0.0).to(tl.float32)
+                b_o = tile(dy, first, T, sdy[1], o_t, o_e, m_e, BT, BE)  # [BT, 1, BE]
+                if z is not None:
+                    b_z = tile(z + i_b * sz[0], first, T, sz[1], o_t, o_e, m_e, BT, BE)
+                    b_sig = tl.sigmoid(b_z)
+                    b_y = tl.sum(b_all * b_C, 1, keep_dims=True) + b_D * b_u
+                    b_dz = b_o * b_y * b_sig * (1 + b_z * (1 - b_sig))
+                    tl.store(dz + (i_b * T + o) * E + o_e[None], b_dz, mask=m)
+                    b_o *= b_z * b_sig
+                tl.store(dC + o * N + o_n[None], tl.sum(b_o * b_all, 2, keep_dims=True), mask=m_n)
+                b_gs = b_C * b_o  # [BT, BN, BE]
+                for k in tl.static_range(BT):
+                    b_g += at(b_gs, o_t, BT - 1 - k)
+                    b_gs = tl.where(o_t == BT - 1 - k, b_g[None], b_gs)
+                    b_g *= at(b_a, o_t, BT - 1 - k)
+                b_du = b_d * b_u
+                tl.store(dB + o * N + o_n[None], tl.sum(b_du * b_gs, 2, keep_dims=True), mask=m_n)
+                b_q = tl.sum(b_B * b_gs, 1, keep_dims=True)  # [BT, 1, BE]
+                b_w = b_gs * (b_all - b_du * b_B)  # a_t s_{t-1} = s_t - d_t u_t B_t
+                b_dA += tl.sum(b_d * b_w, 0)
+                b_dd = b_u * b_q + tl.sum(b_w * b_A[None], 1, keep_dims=True) * 0.6931471805599453  # b_A is A log2(e)
+                b_dd *= 1 - tl.exp(-b_d)
+                tl.store(du + o * E + o_e[None], b_d * b_q + b_D * b_o, mask=m)
+                tl.store(ddt + o * E + o_e[None], b_dd, mask=m)
+                b_dD += tl.sum(b_o * b_u, 0)
+                b_dbias += tl.sum(b_dd, 0)
+        tl.store(dA + o_s, b_dA, mask=m_s)
+        tl.store(dvec + i_b * E + o_e, b_dD, mask=m_e)
+        tl.store(dvec + (tl.num_programs(1) + i_b) * E + o_e, b_dbias, mask=m_e)
+        if dinitial is not None:
+            tl.store(dinitial + o_s, b_g, mask=m_s)
+
+    EVERY = 64  # tokens from one saved state to the next
+
+    def scan_config(N, BT):
+        """1024 states a program, 4 a thread; no spills on sm_89 up to N = 32."""
+        BN = triton.next_power_of_2(N)
+        if BN > 256:
+            raise ValueError(f"selective_scan: N = {N} states a channel are too many for the kernels, at most 256")
+        return dict(EVERY=EVERY, BT=BT, BN=BN, BE=STATES // BN, num_warps=8)
+
+    STATES = 1024
+
+    def dense_rows(*tensors):
+        return [None if t is None else t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+    def strides(t):
+        return (0, 0) if t is None else t.stride()[:2]
+
+    @torch.library.custom_op("kernels::selective_scan", mutates_args=())
+    def scan_op(u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
+                z: torch.Tensor | None, dt_bias: torch.Tensor | None, initial: torch.Tensor | None
+                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> y, final, and the states after every EVERY tokens for backward."""
+        (batch, T, E), N = u.shape, A.shape[1]
+        u, dt, B, C, z = dense_rows(u, dt, B, C, z)
+        y, final = u.new_empty(u.shape), u.new_empty(batch, E, N, dtype=torch.float32)
+        saved = u.new_empty(batch, max(0, T - 1) // EVERY, N, E, dtype=torch.float32)
+        how = scan_config(N, 4)
+        scan_fwd_kernel[(triton.cdiv(E, how["BE"]), batch)](
+            u, dt, A.contiguous(), B, C, D, z, dt_bias, None if initial is None else initial.contiguous(), y, final, saved,
+            T, E, N, *map(strides, (u, dt, B, C, z)), **how)
+        return y, final, saved
+
+    @scan_op.register_fake
+    def _(u, dt, A, B, C, D, z, dt_bias, initial):
+        (batch, T, E), N = u.shape, A.shape[1]
+        new = lambda *shape: u.new_empty(shape, dtype=torch.float32)
+        return u.new_empty(u.shape), new(batch, E, N), new(batch, max(0, T - 1) // EVERY, N, E)
+
+    @torch.library.custom_op("kernels::selective_scan_bwd", mutates_args=())
+    def scan_bwd_op(dy: torch.Tensor, dfinal: torch.Tensor | None, u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
+                    C: torch.Tensor, D: torch.Tensor | None, z: torch.Tensor | None, dt_bias: torch.Tensor | None,
+                    initial: torch.Tensor | None, saved: torch.Tensor) -> list[torch.Tensor]:
+        """-> du, ddt, dz (empty without z), dB, dC, dA (E, N) fp32, dD and ddt_bias (2, E) fp32, dinitial (empty without)."""
+        (batch, T, E), N = u.shape, A.shape[1]
+        dy, u, dt, B, C, z = dense_rows(dy, u, dt, B, C, z)
+        du, ddt, dz = (None if t is None else t.new_empty(t.shape) for t in (u, dt, z))
+        how = scan_config(N, 4)
+        blocks, new = triton.cdiv(E, how["BE"]), lambda *shape: u.new_empty(shape, dtype=torch.float32)
+        dB, dC, dA, dvec = new(blocks, batch, T, N), new(blocks, batch, T, N), new(batch, E, N), new(2, batch, E)
+        dinitial = None if initial is None else new(batch, E, N)
+        scan_bwd_kernel[(blocks, batch)](
+            dy, None if dfinal is None else dfinal.contiguous(), u, dt, A.contiguous(), B, C, D, z, dt_bias,
+            None if initial is None else initial.contiguous(), saved, du, ddt, dz, dB, dC, dA, dvec, dinitial,
+            T, E, N, *map(strides, (dy, u, dt, B, C, z)), **how)
+        empty = u.new_empty(0)
+        return [du, ddt, empty if dz is None else dz, dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dA.sum(0), dvec.sum(1),
+                empty.float() if dinitial is None else dinitial]
+
+    @scan_bwd_op.register_fake
+    def _(dy, dfinal, u, dt, A, B, C, D, z, dt_bias, initial, saved):
+        new = lambda *shape: u.new_empty(shape, dtype=torch.float32)
+        return [u.new_empty(u.shape), dt.new_empty(dt.shape), u.new_empty(0) if z is None else z.new_empty(z.shape), B.new_empty(B.shape),
+                C.new_empty(C.shape), new(*A.shape), new(2, u.shape[2]), new(0) if initial is None else new(*initial.shape)]
+
+    def save_for_backward(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output[2])
+        ctx.set_materialize_grads(False)  # an unused final brings no gradient: not a tensor of zeros to read
+
+    def scan_backward(ctx, dy, dfinal, _):
+        u, dt, A, B, C, D, z, dt_bias, initial, saved = ctx.saved_tensors
+        dy = torch.zeros_like(u) if dy is None else dy
+        du, ddt, dz, dB, dC, dA, dvec, dinitial = scan_bwd_op(dy, dfinal, u, dt, A, B, C, D, z, dt_bias, initial, saved)
+        return (du, ddt, dA.to(A.dtype), dB, dC, None if D is None else dvec[0].to(D.dtype), None if z is None else dz,
+                None if dt_bias is None else dvec[1].to(dt_bias.dtype), None if initial is None else dinitial.to(initial.dtype))
+
+    scan_op.register_autograd(scan_backward, setup_context=save_for_backward)
+
+
 def selective_scan(u, dt, A, B, C, D=None, z=None, dt_bias=None, initial=None):
     """u, dt, z (B, T, E), A (E, N), B and C (B, T, N), D and dt_bias (E,), initial (B, E, N): the state before the first token, or zeros
-    -> y (B, T, E) in u's dtype, final (B, E, N) in fp32. ValueError: shapes that do not fit."""
+    -> y (B, T, E) in u's dtype, final (B, E, N) in fp32. ValueError: shapes that do not fit; on a GPU N > 256."""
     (batch, T, E), N = u.shape, A.shape[-1]
     want = [(batch, T, E), (batch, T, E), (E, N), (batch, T, N), (batch, T, N), (E,), (batch, T, E), (E,), (batch, E, N)]
     found = [None if t is None else tuple(t.shape) for t in (u, dt, A, B, C, D, z, dt_bias, initial)]
     if any(f not in (None, w) for f, w in zip(found, want)):
         raise ValueError(f"selective_scan: shapes {found}; expected u, dt, z (B, T, E), A (E, N), B, C (B, T, N), D, dt_bias (E,), "
                          "initial (B, E, N)")
-    return (selective_scan_ref if form(u) == "ref" else SelectiveScan.apply)(u, dt, A, B, C, D, z, dt_bias, initial)
+    which = form(u)
+    if which == "triton":
+        return scan_op(u, dt, A, B, C, D, z, dt_bias, initial)[:2]
+    return (selective_scan_ref if which == "ref" else SelectiveScan.apply)(u, dt, A, B, C, D, z, dt_bias, initial)

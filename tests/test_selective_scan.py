@@ -1,4 +1,4 @@
-"""kernels/selective_scan.py: the plain form against the definition, how it sits in PyTorch, what it refuses."""
+"""kernels/selective_scan.py: numerics, traffic and machine code (kernelcheck.py), the plain form, and how the op sits in PyTorch."""
 import kernelcheck as K
 import pytest
 import torch
@@ -16,6 +16,72 @@ def case(batch, T, E, N, optional=True, initial=True, dtype=torch.float64, wide=
         args[5] = args[6] = args[7] = None
     args[8] = args[8] if initial else None
     return [None if t is None else K.cast(t.requires_grad_(), wide if i in (2, 5, 7) else dtype) for i, t in enumerate(args)]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Few states a program and few tokens between saved ones: the interpreter needs time for each."""
+    monkeypatch.setattr(S, "STATES", 64, raising=False)
+    monkeypatch.setattr(S, "EVERY", 8, raising=False)
+
+
+# one token; a tile of 4 tokens, one less, one more; 8 from one saved state to the next; 16 channels a program
+CASES = {
+    "one token": case(1, 1, 3, 4),
+    "less than a tile": case(1, 3, 17, 3),
+    "bare": case(2, 8, 16, 4, optional=False, initial=False),
+    "several saved states": case(1, 18, 5, 4),
+    "from zeros": case(1, 9, 5, 2, initial=False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numerics(name, small):
+    K.check_numerics(S.selective_scan, S.selective_scan_ref, [tuple(CASES[name])])
+
+
+def traffic_case():
+    args = [None if t is None else t.detach().requires_grad_() for t in case(1, 128, 128, 16, initial=False, dtype=torch.bfloat16, wide=torch.float32)]
+    dy = torch.randn(1, 128, 128).bfloat16()
+    wrt = args[:8]
+    forward = lambda: S.selective_scan(*args)[0]
+    backward = lambda y: torch.autograd.grad(y, wrt, dy)
+    u, A = args[0], args[2]
+    return forward, backward, K.nbytes(*args, u) + 4 * A.numel(), K.nbytes(dy, *args, *wrt)
+
+
+def test_traffic():
+    """Each address once a launch: the rows of B and C that all blocks of channels read come from the cache."""
+    forward, backward, forward_floor, backward_floor = traffic_case()
+    out = []
+    print("forward", K.check_traffic(lambda: out.append(forward()), forward_floor, 1.2, once=True),
+          "backward", K.check_traffic(lambda: backward(out[0]), backward_floor, 1.5, once=True))
+
+
+def bench_cases():
+    return [("selective_scan (1, 128, 128), N = 16", *traffic_case())]
+
+
+def launches():
+    """What a model has: bf16 beside fp32 A, D and bias, from zeros; all tensors fp32 with every pointer; many states."""
+    for dtype, N, how in ((torch.bfloat16, 16, dict(initial=False)), (torch.float32, 16, {}), (torch.bfloat16, 64, dict(initial=False))):
+        K.label = f"N = {N}"
+        args = case(1, 64, 256, N, dtype=dtype, wide=torch.float32, **how)
+        outs = S.selective_scan(*args)[:1 if how else 2]
+        torch.autograd.grad(outs, [t for t in args if t is not None], [torch.empty_like(t) for t in outs])
+
+
+OPEN = {("scan_bwd_kernel", "N = 64"): 470}  # spill instructions on sm_89 that are there; more is a fault, less is welcome
+
+
+def test_compiles():
+    """check_compiles, but for those in OPEN."""
+    rows = K.compiled("test_selective_scan", "launches")
+    assert len({(r["kernel"], r["arch"]) for r in rows}) == 2 * len(K.TARGETS)
+    for r in rows:
+        print(r["kernel"], r["label"], r["arch"], r.get("regs"), r.get("spills"), r.get("smem"), r.get("occupancy"))
+        fewer = max(0, r.get("spills", 0) - OPEN.get((r["kernel"], r["label"]), 0))
+        assert not K.faults_of(dict(r, spills=fewer)), (r["kernel"], r["label"], r["arch"], K.faults_of(r))
 
 
 def results(f, args):
@@ -39,12 +105,25 @@ def test_torch_form():
         torch.testing.assert_close(a, b)
 
 
-def test_in_pytorch():
-    """Checkpointing gives the same, results repeat, and shapes that do not fit are refused."""
+def test_registration(monkeypatch, small):
+    """opcheck; one graph under torch.compile; meta and fake CUDA tensors; checkpointing; results repeat; what is refused."""
+    monkeypatch.setattr(S, "KERNELS", "triton")
     args = list(case(*(1, 7, 6, 4), dtype=torch.float32))
+    torch.library.opcheck(S.scan_op, tuple(args))
     want = results(S.selective_scan, args)
+    assert all(torch.equal(a, b) for a, b in zip(results(S.selective_scan, args), want))
+    compiled = torch.compile(S.selective_scan, fullgraph=True, backend="aot_eager")
     checkpointed = lambda *a: torch.utils.checkpoint.checkpoint(S.selective_scan, *a, use_reentrant=False)
-    for f in (S.selective_scan, checkpointed):
-        assert all(torch.equal(a, b) for a, b in zip(results(f, args), want))
+    for f in (compiled, checkpointed):
+        for a, b in zip(results(f, args), want):
+            torch.testing.assert_close(a, b)
+    meta = [t.detach().to("meta").requires_grad_() for t in args]
+    assert [g.shape for g in torch.autograd.grad(S.selective_scan(*meta)[0].sum(), meta)] == [t.shape for t in meta]
+    with torch._subclasses.FakeTensorMode():
+        t = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, device="cuda", dtype=dtype)
+        y, final = S.selective_scan(t(2, 8, 24), t(2, 8, 24), t(24, 4, dtype=torch.float32), t(2, 8, 4), t(2, 8, 4))
+        assert (y.shape, y.dtype, final.shape, final.dtype) == ((2, 8, 24), torch.bfloat16, (2, 24, 4), torch.float32)
     with pytest.raises(ValueError, match="expected u, dt, z"):
-        S.selective_scan(*args[:3], args[3][..., 1:], *args[4:])
+        S.selective_scan(*args[:3] + [args[3][..., 1:]] + args[4:])
+    with pytest.raises(ValueError, match="at most 256"):
+        S.selective_scan(*case(1, 2, 1, 257, initial=False, dtype=torch.float32))
