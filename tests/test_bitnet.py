@@ -157,17 +157,20 @@ def test_strict(tmp_path, capsys):
 
 @pytest.mark.parametrize("bits", [2, 16])
 def test_step_equals_forward(bits):
-    """Prefill of any length, then one token at a time, then several, past the first 64 places of the cache: the logits of one forward."""
+    """Prefill of any length, then one token at a time, then several, past the first 64 places of the cache: the logits of one forward.
+    Of the ternary model nine in ten agree to rounding; in the others an activation tips, 1/127 of its token's largest."""
     model = randomised(Model(Config(**TINY | dict(seq=80), bits=bits))).eval()
     x = tokens(T=80)
     with torch.no_grad():
         whole = model(x)
         for cuts in ([1] * 80, [5, 1, 1, 70, 3], [80]):
-            state, at = model.init_state(3), 0
+            state, at, errors = model.init_state(3), 0, []
             for n in cuts:
                 logits, state = model.step(x[:, at : at + n], state)
                 at += n
-                assert error(logits, whole[:, at - 1]) < 1e-3  # one activation that rounds the other way is 1/127 of its token's largest
+                errors += [error(a, b) for a, b in zip(logits, whole[:, at - 1])]
+            errors.sort()
+            assert errors[len(errors) * 9 // 10 - 1] < 1e-5 and errors[-1] < (1e-2 if bits == 2 else 1e-5), errors
         with pytest.raises(ValueError, match="81 tokens do not fit the 80"):
             model.step(x[:, :1], state)
 
