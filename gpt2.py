@@ -93,7 +93,6 @@ class Config:
     dim: int = 768  # width C of the residual stream
     seq: int = 1024  # context length T, the number of learned positions
     vocab: int = 0  # rows of the embedding; 0: as many as the tokenizer has
-    dropout: float = 0.0  # after embedding, attention weights, attention and MLP
     # the run
     preset: str = ""  # sizes and schedule together; default: cpu without a GPU, gpu with one
     data: str = "shakespeare"  # name in data/, .txt or .jsonl file, folder or glob of token shards (nanoGPT's, llm.c's)
@@ -106,6 +105,7 @@ class Config:
     warmup: int = 0  # steps of linear warm-up
     beta2: float = 0.95  # second moment's decay in AdamW
     wd: float = 0.1  # weight decay, on matrices only
+    dropout: float = 0.0  # after embedding, attention weights, attention and MLP
     clip: float = 1.0  # largest gradient norm; 0: no clipping
     optim: str = "adamw"  # adamw | muon (matrices inside blocks; AdamW for the rest) | adamw8bit
     seed: int = 1337  # of weights, batches and samples

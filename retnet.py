@@ -121,7 +121,6 @@ class Config:
     act: str = "swish"  # of the feed-forward layer: swish (the official sizes), gelu (RetNetConfig's default)
     scale: bool = True  # multiply the embedding by sqrt(dim), as fairseq's models do
     tied: bool = False  # the head is the embedding
-    dropout: float = 0.0  # after embedding, retention and feed-forward
     # the run
     preset: str = ""  # sizes and schedule together; default: cpu without a GPU, gpu with one
     seq: int = 256  # tokens of a training window; no limit, neither of the model nor of its state
@@ -136,6 +135,7 @@ class Config:
     warmup: int = 0  # steps of linear warm-up
     beta2: float = 0.95  # second moment's decay in AdamW
     wd: float = 0.1  # weight decay, on matrices only
+    dropout: float = 0.0  # after embedding, retention and feed-forward
     clip: float = 1.0  # largest gradient norm; 0: no clipping
     optim: str = "adamw"  # adamw | muon (matrices inside blocks; AdamW for the rest) | adamw8bit
     seed: int = 1337  # of weights, batches and samples
