@@ -29,6 +29,7 @@ def read(path, x):
     try:
         with open(path, newline="") as f:
             rows = list(csv.DictReader(f))
+        x = "pictures" if x == "tokens" and rows and "pictures" in rows[0] else x
         train = [(float(r[x]), float(r["loss"])) for r in rows]
         val = [(float(r[x]), float(r["val"])) for r in rows if r["val"]]
     except OSError as e:
