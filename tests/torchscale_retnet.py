@@ -26,16 +26,19 @@ CASES = {  # the language models of its examples, and RetNetConfig's defaults wi
 
 def decoder(config):
     """-> RetNetDecoder in eval mode. ImportError: torchscale is not there, or not this version."""
+    stubs = {}
     for name in ("fairscale", "timm", "einops"):
         if name not in sys.modules and importlib.util.find_spec(name) is None:
-            stubs = {n: types.ModuleType(n) for n in (name, f"{name}.nn", f"{name}.models", f"{name}.models.layers")}
-            for stub in stubs.values():
-                stub.checkpoint_wrapper = stub.wrap = stub.drop_path = stub.rearrange = lambda x, *a, **k: x
-            sys.modules |= stubs
+            stubs |= {n: types.ModuleType(n) for n in (name, f"{name}.nn", f"{name}.models", f"{name}.models.layers")}
+    for stub in stubs.values():
+        stub.checkpoint_wrapper = stub.wrap = stub.drop_path = stub.rearrange = lambda x, *a, **k: x
+    sys.modules |= stubs
     from torchscale.architecture.config import RetNetConfig
     from torchscale.architecture.retnet import RetNetDecoder
     from torchscale.component.multiscale_retention import MultiScaleRetention
 
+    for name in stubs:  # others ask whether timm is there (diffusers, when it is imported)
+        del sys.modules[name]
     if "max=5e4" not in inspect.getsource(MultiScaleRetention):
         raise ImportError("torchscale 0.3.0 is older than the reference")
     return RetNetDecoder(RetNetConfig(**config), embed_tokens=nn.Embedding(config["vocab_size"], config["decoder_embed_dim"])).eval()
