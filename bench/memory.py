@@ -3,6 +3,7 @@
     python bench/memory.py gpt2.py --preset 124M                will it train on 8, 12, 16 or 24 GB? with which batch?
     python bench/memory.py gpt2.py --preset 124M --ckpt --optim adamw8bit
     python bench/memory.py gpt2.py --layers 12 --device cpu     the same question for a CPU's memory
+    python bench/memory.py --table [FILE ...]                   every preset of every file
 
 The first argument is a model file, the others are its own flags; --device is cuda unless it says cpu, --preset what the
 file itself takes there. Nothing is computed and no GPU is needed: a whole step (forward, backward, clipping, optimizer)
@@ -19,6 +20,7 @@ tests/test_bench.py holds the plan for a CPU against a real step there, by Track
 """
 
 import contextlib
+import functools
 import importlib.util
 import math
 import os
@@ -39,6 +41,7 @@ try:
 except ImportError:
     triton = None
 
+ROOT = Path(__file__).parent.parent
 MB, GB = 2**20, 2**30
 CARDS = (8, 12, 16, 24)  # GB
 RESERVE = dict(
@@ -297,16 +300,36 @@ def configure(module, flags):
     return cfg, device
 
 
+def table(names, device="cuda"):
+    """Every preset of every file, as it is and with --ckpt --optim adamw8bit: the largest batch on each card."""
+    saving = ["--ckpt", "--optim", "adamw8bit"]
+    print("| file, preset | parameters | batch: peak | " + " | ".join(f"{c} GB" for c in CARDS) + f" | `{' '.join(saving)}`: " + " | ".join(f"{c} GB" for c in CARDS) + " |")
+    print("|---" * (3 + 2 * len(CARDS)) + "|")
+    for name in names or sorted(p.name for p in ROOT.glob("*.py")):
+        presets = load(ROOT / name).PRESETS
+        for preset in [p for p in presets if p != "cpu"]:
+            cells = []
+            for flags in ([], saving):
+                module = load(ROOT / name)
+                cfg, _ = configure(module, ["--preset", preset, *flags])
+                if flags and not hasattr(cfg, "ckpt"):
+                    continue
+                run = Run(module, cfg, device)
+                peak = functools.cache(run.peak)
+                if not flags:
+                    count = sum(p.numel() for p in run.model.parameters())
+                    cells.append(f"{cfg.batch}: {peak(cfg.batch) / GB:.2f} GB")
+                least = sum(run.fixed())
+                room = [card * GB - RESERVE[device][0] for card in CARDS]
+                cells += [f"{largest(peak, r, cfg.batch) or '-'}" if least < r else "-" for r in room]
+            print(f"| `{name} --preset {preset}` | {count / 1e6:,.1f}M | {' | '.join(cells)} |", flush=True)
+
+
 def plan(file, flags):
     module = load(file)
     cfg, device = configure(module, flags)
-    run, peaks = Run(module, cfg, device), {}
-
-    def peak(batch):
-        if batch not in peaks:
-            peaks[batch] = run.peak(batch)
-        return peaks[batch]
-
+    run = Run(module, cfg, device)
+    peak = functools.cache(run.peak)
     name, fixed, top = Path(file).name, run.fixed(), peak(cfg.batch)
     ops, count = sys.modules.get("kernels.norm"), sum(p.numel() for p in run.model.parameters())
     form = f"kernels/ ({'triton' if device == 'cuda' and triton else 'torch'})" if ops else "plain PyTorch"
@@ -334,4 +357,7 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(__doc__)
         raise SystemExit(0 if len(sys.argv) > 1 else 2)
-    plan(sys.argv[1], sys.argv[2:])
+    if sys.argv[1] == "--table":
+        table(sys.argv[2:])
+    else:
+        plan(sys.argv[1], sys.argv[2:])

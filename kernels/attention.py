@@ -65,10 +65,57 @@ def attention_ref(q, k, v, causal=True, scale=None, softcap=0.0):
     return (s.softmax(-1) @ v.to(dtype)).to(q.dtype)
 
 
+class AttentionBF16(torch.autograd.Function):
+    """PyTorch's forward with a backward for short sequences in bf16 on a CPU: whole products of many heads at once instead of small
+    tiles, which keep the CPU's matrix units waiting. p and ds stay in the cache, fp32, and are rounded in the products only."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal, scale):
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.how = causal, scale
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
+        (causal, scale), (B, H, T, _), precision = ctx.how, q.shape, torch.backends.mkldnn.matmul
+        grads, BM = [torch.empty_like(t) for t in (q, k, v)], 128 if causal else T
+        many = max(1, 2**19 // (H * BM * k.shape[2]))  # sequences at once
+        before, precision.fp32_precision = precision.fp32_precision, "bf16"  # fp32 tensors, rounded where they are multiplied
+        try:
+            for i in range(0, B, many):
+                q_b, k_b, v_b, o_b, do_b = (t[i:i + many].to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 1)
+                                            for t in (q, k, v, o, do))  # (b H, T, D)
+                delta, lse_b = (o_b * do_b).sum(-1, keepdim=True), lse[i:i + many].flatten(0, 1)[..., None]
+                q_b, dq, dk, dv = q_b * scale, torch.empty_like(q_b), torch.zeros_like(k_b), torch.zeros_like(v_b)
+                for m in range(0, T, BM):
+                    r, seen = slice(m, m + BM), slice(0, m + BM if causal else None)
+                    p = torch.bmm(q_b[:, r], k_b[:, seen].mT).sub_(lse_b[:, r]).exp_()
+                    if causal:  # after exp, which is slow where it meets infinities
+                        p[..., m:].tril_()
+                    ds = torch.bmm(do_b[:, r], v_b[:, seen].mT).sub_(delta[:, r]).mul_(p)
+                    dv[:, seen].baddbmm_(p.mT, do_b[:, r])
+                    dk[:, seen].baddbmm_(ds.mT, q_b[:, r])
+                    dq[:, r] = torch.bmm(ds, k_b[:, seen])
+                for grad, d in zip(grads, (dq.mul_(scale), dk, dv)):
+                    grad[i:i + many] = d.unflatten(0, (-1, H))
+        finally:
+            precision.fp32_precision = before
+        return *grads, None, None
+
+
 def attention_torch(q, k, v, causal=True, scale=None, softcap=0.0):
     if softcap > 0:  # not an option of PyTorch's
         return attention_ref(q, k, v, causal, scale, softcap)
     Tq, Tk, mask = q.shape[2], k.shape[2], None
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and (Tq == Tk or not causal) and 1 < Tk <= 512:
+        if q.shape[1] != k.shape[1]:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+        return AttentionBF16.apply(q, k, v, causal, q.shape[3] ** -0.5 if scale is None else scale)
     if causal and 1 < Tq < Tk:  # PyTorch's is_causal aligns top left; one query sees every key
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
     return torch.nn.functional.scaled_dot_product_attention(

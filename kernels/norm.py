@@ -75,10 +75,28 @@ def layer_norm_torch(x, w, b=None, eps=1e-5):
     return torch.nn.functional.layer_norm(x.float(), w.shape, w.float(), b, eps).to(x.dtype)
 
 
+class RMSNorm(torch.autograd.Function):
+    """PyTorch's own is several operators on a CPU; this takes about half its time there, and keeps x and rstd only."""
+
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
+        rstd = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, w, rstd)
+        return (h * rstd).mul_(w).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, w, rstd = ctx.saved_tensors
+        n, wide = x * rstd, w.to(rstd.dtype)
+        t = n * dy
+        dw, mean = t.flatten(0, -2).sum(0), torch.mv(t.flatten(0, -2), wide).div_(-len(w)).view_as(rstd)  # of g n, negative
+        return torch.mul(wide, dy, out=t).addcmul_(n, mean).mul_(rstd).to(x.dtype), dw.to(w.dtype), None
+
+
 def rms_norm_torch(x, w, eps=1e-6):
-    if w.dtype == x.dtype:
-        return torch.nn.functional.rms_norm(x, w.shape, w, eps).to(x.dtype)
-    return torch.nn.functional.rms_norm(x.float(), w.shape, w.float(), eps).to(x.dtype)
+    return RMSNorm.apply(x, w, eps)
 
 
 if triton is not None:

@@ -171,6 +171,22 @@ def test_torch_form(name):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("causal,T,S", [(True, 300, 300), (False, 70, 90), (True, 64, 64)])
+def test_bf16_on_a_cpu(causal, T, S):
+    """Its own backward, in blocks of queries and of sequences: within bf16's rounding of the definition in fp64; other products stay as
+    exact as they were."""
+    g = torch.Generator().manual_seed(T)
+    inputs = [torch.randn(6, n, t, 32, generator=g).bfloat16().requires_grad_() for n, t in ((6, T), (2, S), (2, S))]
+    do, before = torch.randn(6, 6, T, 32, generator=g).bfloat16(), torch.backends.mkldnn.matmul.fp32_precision
+    got = A.attention(*inputs, causal)
+    assert got.grad_fn.name() == "AttentionBF16Backward"
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    want = A.attention_ref(*exact, causal)
+    for a, b in zip((got, *torch.autograd.grad(got, inputs, do)), (want, *torch.autograd.grad(want, exact, do.double()))):
+        assert (a - b).norm() < 6e-3 * b.norm()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
 def test_ref_is_the_loop():
     (q, k, v), options = case(1, 2, 1, 3, 5, 4, softcap=2.0)
     want = torch.zeros_like(q)

@@ -78,8 +78,13 @@ def test_torch_form(act):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     assert torch.autograd.gradcheck(lambda *t: gg.expert_mlp(*t[:3], args[3], t[3], act), wrt)
     x, w13, w2, chosen, weights, _ = inputs(22, 2, 33, 20, 5, RAGGED, torch.bfloat16, act)
-    y = gg.expert_mlp(x, w13, w2, chosen, weights.float(), act)
-    assert y.dtype == torch.bfloat16 and K.nbytes(y) and (y - gg.expert_mlp_ref(x, w13, w2, chosen, weights, act)).norm() < 2e-2 * y.norm()
+    found = []
+    for f in (gg.expert_mlp, gg.expert_mlp_ref):  # in 16 bits an expert's rows are filled up: nothing of that may be seen
+        y = f(x, w13, w2, chosen, weights.float(), act)
+        assert y.dtype == torch.bfloat16
+        found.append([y, *torch.autograd.grad(y.float().sin().sum(), [x, w13, w2, weights])])
+    for a, b in zip(*found):
+        assert (a - b).norm() < 2.5e-2 * b.norm()
 
 
 def test_registration(monkeypatch):
