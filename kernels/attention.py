@@ -28,6 +28,7 @@ tensor about once while a head's k and v stay in the L2 cache; the tensor cores 
 for each byte read in 16 bits. Decoding (Tq = 1) is limited by reading k and v, with one program a head: long contexts
 at small B H leave multiprocessors idle.
 """
+import contextlib
 import os
 
 import torch
@@ -65,6 +66,18 @@ def attention_ref(q, k, v, causal=True, scale=None, softcap=0.0):
     return (s.softmax(-1) @ v.to(dtype)).to(q.dtype)
 
 
+@contextlib.contextmanager
+def rounded_products():
+    """On a CPU: fp32 tensors stay fp32, outside autocast too, and are rounded to bf16 where they are multiplied, if it has units for that."""
+    precision = torch.backends.mkldnn.matmul
+    before, precision.fp32_precision = precision.fp32_precision, "bf16"
+    try:
+        with torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        precision.fp32_precision = before
+
+
 class AttentionBF16(torch.autograd.Function):
     """PyTorch's forward with a backward for short sequences in bf16 on a CPU: whole products of many heads at once instead of small
     tiles, which keep the CPU's matrix units waiting. p and ds stay in the cache, fp32, and are rounded in the products only."""
@@ -80,11 +93,10 @@ class AttentionBF16(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
-        (causal, scale), (B, H, T, _), precision = ctx.how, q.shape, torch.backends.mkldnn.matmul
+        (causal, scale), (B, H, T, _) = ctx.how, q.shape
         grads, BM = [torch.empty_like(t) for t in (q, k, v)], 128 if causal else T
         many = max(1, 2**19 // (H * BM * k.shape[2]))  # sequences at once
-        before, precision.fp32_precision = precision.fp32_precision, "bf16"  # fp32 tensors, rounded where they are multiplied
-        try:
+        with rounded_products():
             for i in range(0, B, many):
                 q_b, k_b, v_b, o_b, do_b = (t[i:i + many].to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 1)
                                             for t in (q, k, v, o, do))  # (b H, T, D)
@@ -101,8 +113,6 @@ class AttentionBF16(torch.autograd.Function):
                     dq[:, r] = torch.bmm(ds, k_b[:, seen])
                 for grad, d in zip(grads, (dq.mul_(scale), dk, dv)):
                     grad[i:i + many] = d.unflatten(0, (-1, H))
-        finally:
-            precision.fp32_precision = before
         return *grads, None, None
 
 
