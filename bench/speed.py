@@ -26,6 +26,7 @@ from memory import Tracker, peak_of  # noqa: E402
 from peers import PEERS, SPEAKERS, VOCAB, load  # noqa: E402
 
 PICTURES = dict(layers=12, dim=384, heads=6, patch=4, size=32, channels=3, classes=10, cond="class", objective="ddpm", learn_sigma=False, batch=16)
+UNET = dict(widths=[64, 128, 128], attn=[0, 0, 1], layers=2, heads=8, groups=32, size=32, channels=3, captions=8, features=128, batch=16)
 SIZES = dict(small=dict(layers=4, dim=128, heads=4, seq=64, batch=12), large=dict(layers=6, dim=384, heads=6, seq=256, batch=8))
 DTYPES = {False: torch.float32, True: torch.bfloat16}
 
@@ -92,7 +93,7 @@ def table(title, found, ours, unit, more=None):
 
 def train(name, module, me, flags, peers, n, bf16):
     pictures, made = hasattr(module, "example"), {}  # dit.py and unet.py
-    size = PICTURES if pictures else SIZES[name]
+    size = (UNET if "widths" in module.NAMES else PICTURES) if pictures else SIZES[name]
     cfg = configure(module, size, flags)
     x = torch.randint(VOCAB, (size["batch"], size.get("seq", 1)))
     batch = module.example(cfg, size["batch"]) if pictures else (x, x.roll(-1, 1))
@@ -113,7 +114,7 @@ def train(name, module, me, flags, peers, n, bf16):
     with Flops() as flops:
         goal(*batch).backward()
     peak = flops.total / matmul_peak(DTYPES[bf16])
-    shape = f"{size['layers']} x {size['dim']}, T = {size['seq']}" if "seq" in size else f"{size['size']} x {size['size']} x {size['channels']}"
+    shape = f"{size['layers']} x {size['dim']}, T = {size['seq']}" if "seq" in size else f"{cfg.size} x {cfg.size} x {cfg.channels}"
     shape = f"{shape}, B = {size['batch']}, {'bf16 autocast' if bf16 else 'fp32'}"
     table(f"Training step, {shape}", found, me, "ms", {"MB": held, "matmul peak": {me: f"{peak / statistics.median(found[me]):.0%}"}})
 
