@@ -138,9 +138,9 @@ class Config:
 
 
 PRESETS = {
-    # pixels of 32 a side, about five minutes on two cores; --stage vae: latents of half the side
+    # pixels of 32 a side, about six minutes on two cores; --stage vae: latents of half the side
     "cpu": dict(widths=(16, 32, 64), attn=(0, 0, 1), layers=1, heads=4, groups=8, dim=64, text_layers=2, text_heads=4, vae_widths=(32, 64),
-                vae_layers=1, batch=16, steps=1250, lr=1e-2, lr_end=0.0, warmup=20, optim="muon", ema=0.99, eval_every=500),
+                vae_layers=1, batch=16, steps=1500, lr=1e-2, lr_end=0.0, warmup=20, optim="muon", ema=0.99, eval_every=500),
     # pixels or latents of 32 to 64 a side on one 12 GB GPU
     "gpu": dict(widths=(128, 256, 256), attn=(0, 1, 1), heads=8, dim=256, text_layers=4, text_heads=4, vae_widths=(64, 128, 256), batch=64,
                 steps=20_000, lr=2e-4, lr_end=0.0, warmup=200, ema=0.999, eval_every=1000),
@@ -213,8 +213,8 @@ class Diffusion(nn.Module):
         drop = u[:, 1] < self.cfg.drop if self.training else None
         t, c = LEVELS * u[:, 0], x0.shape[1]
         if self.cfg.objective == "flow":
-            if self.training:  # less often near the picture than near the noise, where its content is decided: logit-normal, wide
-                t = LEVELS * torch.sigmoid(1.5 * torch.special.ndtri(u[:, 0]) + 1)  # (Esser et al. 2024, arXiv:2403.03206, eq. 19)
+            if self.training:  # most often in the middle, where forms are decided: logit-normal (Esser et al. 2024, arXiv:2403.03206, eq. 19)
+                t = LEVELS * torch.sigmoid(torch.special.ndtri(u[:, 0]) + 0.5)
             s = (t / LEVELS).view(-1, 1, 1, 1)
             return F.mse_loss(self((1 - s) * x0 + s * noise, t, cond, mask, drop).float(), noise - x0)
         t = t.long().clamp(max=LEVELS - 1)
