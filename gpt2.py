@@ -882,6 +882,7 @@ def train(cfg, given, model, tok, state):
         (cast, why), _ = shared = [(cast, why), None]
         dist.broadcast_object_list(shared)
         cast, why = shared[0]
+    cfg.dtype = "bf16" if cast else "fp32"  # --resume stays with it: measured again, it could come out otherwise
     if hasattr(model, "prepare"):
         model.prepare(cast)
     if cfg.fsdp:

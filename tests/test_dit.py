@@ -17,7 +17,7 @@ from dit import Config, Model
 
 OFFICIAL = dict(layers=2, dim=24, heads=4, patch=2, size=4, channels=4, cond="class", classes=5, objective="ddpm", learn_sigma=True, drop=0.0)
 TEXT = dict(layers=2, dim=24, heads=4, patch=2, size=8, channels=4, cond="text", captions=6, features=10, objective="ddpm", learn_sigma=True)
-RUN = "--layers 2 --heads 2 --dim 32 --batch 8 --eval-iters 1 --sample-steps 2 --number 2".split()
+RUN = "--layers 2 --heads 2 --dim 32 --batch 8 --eval-iters 1 --sample-steps 2 --number 2 --dtype fp32".split()
 
 
 def recorded(key, like):

@@ -20,7 +20,7 @@ import gpt2
 from gpt2 import Config, Model
 
 TINY = dict(layers=2, heads=2, dim=16, seq=32, vocab=50)
-RUN = ["--layers", "2", "--heads", "2", "--dim", "32", "--seq", "32", "--batch", "4", "--eval-iters", "2", "--tokens", "20"]
+RUN = ["--layers", "2", "--heads", "2", "--dim", "32", "--seq", "32", "--batch", "4", "--eval-iters", "2", "--tokens", "20", "--dtype", "fp32"]
 
 
 def oracle(folder=None):

@@ -9,6 +9,7 @@ from house import ROOT, error, finish, losses, start
 from safetensors.torch import load_file
 
 SMALL = "--layers 2 --dim 32 --seq 32 --batch 8 --eval-iters 2 --tokens 20".split()
+FP32 = ["--dtype", "fp32"]  # where two runs are compared: auto measures, and may decide differently in each
 # file -> what makes it small, and the flags of the run that is interrupted
 FILES = {
     "mamba.py": ["--version 1 --state 4", "--optim adamw"],
@@ -29,7 +30,7 @@ def file(request):
 def test_learns_and_resumes_after_kill(tmp_path, text, file):
     """A short real run learns; kill -9 and --resume give the same losses and weights to the last bit."""
     name, small, flags = file
-    args = [*small, *flags, "--lr", "5e-3", "--warmup", "5", "--data", text, "--steps", "60", "--eval-every", "20", "--log-every", "1"]
+    args = [*small, *flags, "--lr", "5e-3", "--warmup", "5", "--data", text, "--steps", "60", "--eval-every", "20", "--log-every", "1", *FP32]
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     finish(start([*args, "--out", one], name))
     cut = start([*args, "--out", two], name)
@@ -51,7 +52,7 @@ def test_two_processes_equal_one(tmp_path, text, file):
     """Same global batch: losses over 20 steps within 1e-5."""
     name, small, _ = file
     small = [*small, "--bits", "16"] if name == "bitnet.py" else small  # the last bit of a sum tips a ternary rounding
-    args = [*small, "--optim", "adamw", "--lr", "1e-3", "--data", text, "--steps", "20", "--eval-every", "20", "--log-every", "1"]
+    args = [*small, "--optim", "adamw", "--lr", "1e-3", "--data", text, "--steps", "20", "--eval-every", "20", "--log-every", "1", *FP32]
     finish(start([*args, "--out", str(tmp_path / "one")], name))
     finish(start([*args, "--out", str(tmp_path / "two")], name, torchrun=2))
     a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -66,6 +67,8 @@ def test_alone(tmp_path, text, file):
     shutil.copy(ROOT / name, tmp_path)
     out = finish(start([*small, "--data", text, "--steps", "4", "--out", "o"], name, cwd=tmp_path))
     assert "plain PyTorch" in out and "final val loss" in out
+    kept = torch.load(tmp_path / "o/train_state.pt", weights_only=True)["config"]["dtype"]
+    assert kept == ("bf16" if "| bf16 (auto" in out else "fp32"), "what auto decided is the run's from now on"
     finish(start(["--resume", "--out", "o", "--steps", "6"], name, cwd=tmp_path))
     out = finish(start(["--sample", "3 times", "--out", "o", "--tokens", "10"], name, cwd=tmp_path))
     assert out.startswith("3 times") and "bytes of state" in out

@@ -365,7 +365,7 @@ def test_merge(tmp_path):
 
 
 # ---------------------------------------------------------------- as a program
-RUN = "--layers 2 --heads 2 --dim 16 --ffn-dim 32 --experts 4 --seq 32 --batch 4 --eval-iters 2 --tokens 5 --eval-every 4 --optim adamw --lr 1e-3".split()
+RUN = "--layers 2 --heads 2 --dim 16 --ffn-dim 32 --experts 4 --seq 32 --batch 4 --eval-iters 2 --tokens 5 --eval-every 4 --optim adamw --lr 1e-3 --dtype fp32".split()
 
 
 def test_from_dense_to_routing(tmp_path, text, capsys):

@@ -33,12 +33,14 @@ def decoder(config):
     for stub in stubs.values():
         stub.checkpoint_wrapper = stub.wrap = stub.drop_path = stub.rearrange = lambda x, *a, **k: x
     sys.modules |= stubs
-    from torchscale.architecture.config import RetNetConfig
-    from torchscale.architecture.retnet import RetNetDecoder
-    from torchscale.component.multiscale_retention import MultiScaleRetention
+    try:
+        from torchscale.architecture.config import RetNetConfig
+        from torchscale.architecture.retnet import RetNetDecoder
+        from torchscale.component.multiscale_retention import MultiScaleRetention
+    finally:
+        for name in stubs:  # others ask whether timm is there (diffusers, when it is imported)
+            del sys.modules[name]
 
-    for name in stubs:  # others ask whether timm is there (diffusers, when it is imported)
-        del sys.modules[name]
     if "max=5e4" not in inspect.getsource(MultiScaleRetention):
         raise ImportError("torchscale 0.3.0 is older than the reference")
     return RetNetDecoder(RetNetConfig(**config), embed_tokens=nn.Embedding(config["vocab_size"], config["decoder_embed_dim"])).eval()
