@@ -312,8 +312,6 @@ def table(names, device="cuda"):
             for flags in ([], saving):
                 module = load(ROOT / name)
                 cfg, _ = configure(module, ["--preset", preset, *flags])
-                if flags and not hasattr(cfg, "ckpt"):
-                    continue
                 run = Run(module, cfg, device)
                 peak = functools.cache(run.peak)
                 if not flags:

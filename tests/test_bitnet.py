@@ -208,9 +208,10 @@ def test_two_stages():
 
 def test_recorded_losses():
     """Ten steps on one batch, seed 0; a change in initialisation, maths or optimizer shows here."""
-    want = [4.1651, 4.1270, 4.0873, 4.0474, 3.9814, 3.9206, 3.8636, 3.8270, 3.7499, 3.7160]
-    found = overfit(bitnet, heads=2)  # the last bit differs between CPUs, and tips roundings: by 0.022 in the eighth loss with AVX-512
-    assert found[:6] == pytest.approx(want[:6], abs=2e-3) and found[6:] == pytest.approx(want[6:], abs=3e-2)
+    avx2 = [4.1651, 4.1270, 4.0873, 4.0474, 3.9814, 3.9206, 3.8636, 3.8270, 3.7499, 3.7160]
+    avx512 = [4.1651, 4.1270, 4.0872, 4.0477, 3.9822, 3.9214, 3.8606, 3.8049, 3.7529, 3.7154]  # the last bit of a sum tips a rounding
+    found = overfit(bitnet, heads=2)
+    assert any(found == pytest.approx(want, abs=5e-3) for want in (avx2, avx512)), found
 
 
 def test_masters_drift_while_few_ternary_weights_change():
