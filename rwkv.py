@@ -57,6 +57,7 @@ from torch.utils.checkpoint import checkpoint
 
 try:
     from kernels.cross_entropy import linear_cross_entropy
+    from kernels.matmul import linear
     from kernels.norm import add_layer_norm, layer_norm
     from kernels.rwkv_mix import gates, readout, squared_relu, token_shift
     from kernels.wkv7 import wkv7
@@ -72,6 +73,9 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
             )
             total = total + checkpoint(part, xs, ts, use_reentrant=False)
         return total / (targets != ignore_index).sum().clamp(min=1)
+
+    def linear(x, w):
+        return F.linear(x, w)
 
     def layer_norm(x, w, b=None, eps=1e-5):
         return F.layer_norm(x, w.shape, w, b, eps)
@@ -212,6 +216,14 @@ class LayerNorm(nn.Module):
         return layer_norm(x, self.weight, self.bias)
 
 
+class Linear(nn.Linear):
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return linear(x, self.weight)
+
+
 def orthogonal(rows, cols, gain):
     return nn.Parameter(nn.init.orthogonal_(torch.empty(rows, cols), gain))
 
@@ -244,7 +256,7 @@ class TimeMix(nn.Module):
             if name != "v" or i > 0:
                 setattr(self, f"{name}1", nn.Parameter(torch.zeros(C, rank)))
                 setattr(self, f"{name}2", orthogonal(rank, C, 0.1 * max(1, rank / C) ** 0.5))
-        self.receptance, self.key, self.value, self.output = (nn.Linear(C, C, bias=False) for _ in range(4))
+        self.receptance, self.key, self.value, self.output = (Linear(C, C) for _ in range(4))
         self.ln_x = nn.GroupNorm(C // N, C, eps=64e-5)
         nn.init.orthogonal_(self.receptance.weight)
         nn.init.orthogonal_(self.key.weight, 0.1)
@@ -276,7 +288,7 @@ class ChannelMix(nn.Module):
         super().__init__()
         C = cfg.dim
         self.x_k = nn.Parameter(1 - (torch.arange(C).view(1, 1, C) / C) ** ((1 - i / cfg.layers) ** 4))
-        self.key, self.value = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
+        self.key, self.value = Linear(C, 4 * C), Linear(4 * C, C)
         nn.init.orthogonal_(self.key.weight)
         nn.init.zeros_(self.value.weight)
 
@@ -330,7 +342,7 @@ class Model(nn.Module):
         self.emb = nn.Embedding(cfg.vocab, cfg.dim)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
         self.ln_out = LayerNorm(cfg.dim)
-        self.head = nn.Linear(cfg.dim, cfg.vocab, bias=False)
+        self.head = Linear(cfg.dim, cfg.vocab)
         nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
         nn.init.orthogonal_(self.head.weight, 0.5 * max(1, cfg.vocab / cfg.dim) ** 0.5)
 

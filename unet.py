@@ -1014,7 +1014,7 @@ def draw_shapes(n, size, seed):
     rng = np.random.default_rng((seed, size))
     names = [f"{c} {f}" for c in COLOURS for f in FORMS]
     labels, large, told = rng.integers(len(names), size=n), rng.random(n) < 0.5, rng.random(n) < 0.75
-    r = size * np.where(large, rng.uniform(0.3, 0.32, n), rng.uniform(0.16, 0.175, n))
+    r = size * np.where(large, rng.uniform(0.36, 0.38, n), rng.uniform(0.22, 0.235, n))
     x, y = size * rng.uniform(0.47, 0.53, (2, n))  # the centre, near the picture's: what can be learned in minutes
     grey = 255 * np.where(rng.random(n) < 0.5, rng.uniform(0, 0.2, n), rng.uniform(0.8, 1, n))
     colour = np.array(list(COLOURS.values()))[labels // len(FORMS)] + rng.uniform(-15, 15, (n, 3))  # (n, 3)

@@ -8,8 +8,9 @@
     python bench/arena.py states                                   data/states.py: a product of permutations, by its length
 
 A run is the file's own command line, so it resumes and leaves what every run leaves, in out/arena/<size>-<seed>/<row>; a run that
-is there is not made again. Sizes count parameters without embedding and head and agree within 5% (tests/test_arena.py). `state`
-is what generation carries after so many tokens; its speed is greedy, batch 1. Nothing else may run on the machine meanwhile.
+is there is not made again. Sizes count parameters without embedding and head and agree within 5% (tests/test_arena.py). `MB` is
+the most that tensors hold in a training step, `state` what generation carries after so many tokens; its speed is greedy, batch 1.
+Speeds are those of the fastest seed: what else ran on the machine can only have slowed the others.
 """
 
 import argparse
@@ -28,7 +29,10 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+from memory import peak_of  # noqa: E402
+from speed import stepper  # noqa: E402
+
 # row -> its command line
 ROWS = {
     "gpt2": "gpt2.py",
@@ -61,8 +65,8 @@ SIZES = {
     },
 }
 TRAIN = {
-    "1M": "--batch 16 --seq 128 --steps 1000 --lr 3e-3 --lr-end 0.1 --warmup 50 --optim adamw --eval-every 125",
-    "10M": "--batch 8 --seq 256 --steps 2000 --lr 1e-3 --lr-end 0.1 --warmup 100 --optim adamw --eval-every 250",
+    "1M": "--batch 16 --seq 128 --steps 1000 --lr 3e-3 --lr-end 0.1 --warmup 50 --optim adamw --dtype fp32 --eval-every 125",
+    "10M": "--batch 8 --seq 256 --steps 2000 --lr 1e-3 --lr-end 0.1 --warmup 100 --optim adamw --dtype fp32 --eval-every 250",
 }
 # the small models that learn recall and states: about 100,000 parameters, 64 wide (two blocks of Mamba are about one of the others)
 TASK = {row: "--layers 2 --dim 64 --heads 2" for row in ("gpt2", "retnet", "bitnet", "moe")}
@@ -132,8 +136,16 @@ def run(row, size, seed, data, seconds=0):
     result = dict(row=row, steps=int(log[-1]["step"]), tokens=int(log[-1]["tokens"]), seconds=float(log[-1]["seconds"]),
                   tok_s=statistics.median(float(r["tok_s"]) for r in log), val=float(log[-1]["val"]), command=command[1:])  # fmt: skip
     module, cfg, model = model_of(row, SIZES[size][row], vocab=json.loads((out / "config.json").read_text())["vocab_size"])
-    result |= dict(body=body(model), **speaking(row, size, cfg.vocab))
+    result |= dict(body=body(model), held=held(row, size, cfg.vocab), **speaking(row, size, cfg.vocab))
     (out / "arena.json").write_text(json.dumps(result, indent=2))
+
+
+def held(row, size, vocab):
+    """The most bytes that tensors hold during a training step, weights and optimizer states with them."""
+    module, cfg, model = model_of(row, f"{SIZES[size][row]} {TRAIN[size]}", vocab=vocab)
+    step, x = stepper(model, module.make_optimizers(model, cfg), False), torch.zeros(cfg.batch, cfg.seq, dtype=torch.int64)
+    step(x, x)  # makes the optimizer's states
+    return peak_of(lambda: step(x, x))
 
 
 @torch.inference_mode()
@@ -168,11 +180,11 @@ def table(size, seconds=0):
             done.setdefault(json.loads(path.read_text())["row"], []).append(json.loads(path.read_text()))
     if not done:
         bad(f"--size {size}: nothing has run yet; python bench/arena.py run --size {size}")
-    print("| | parameters | val loss | seeds | tokens | training tok/s | s | generation tok/s at 1k, 16k | state at 1k, 16k |\n" + "|---" * 9 + "|")
+    print("| | parameters | val loss | seeds | tokens | training tok/s | s | MB | generation tok/s at 1k, 16k | state at 1k, 16k |\n" + "|---" * 10 + "|")
     for row in (r for r in ROWS if r in done):
-        d, mid = done[row], lambda key: statistics.median(r[key] for r in done[row])
-        print(f"| {row} | {d[0]['body']:,} | {spread([r['val'] for r in d])} | {len(d)} | {d[0]['tokens'] / 1e6:.2f}M | {mid('tok_s'):,.0f} | {mid('seconds'):.0f} | "
-              f"{mid('speed_1024'):,.0f}, {mid('speed_16384'):,.0f} | {d[0]['state_1024']:,}, {d[0]['state_16384']:,} |")  # fmt: skip
+        d, best = done[row], lambda key: max(r[key] for r in done[row])
+        print(f"| {row} | {d[0]['body']:,} | {spread([r['val'] for r in d])} | {len(d)} | {d[0]['tokens'] / 1e6:.2f}M | {best('tok_s'):,.0f} | {min(r['seconds'] for r in d):.0f} | "
+              f"{d[0]['held'] / 2**20:,.0f} | {best('speed_1024'):,.0f}, {best('speed_16384'):,.0f} | {d[0]['state_1024']:,}, {d[0]['state_16384']:,} |")  # fmt: skip
     logs = [str(p.parent / "log.csv") for p in sorted((ROOT / "out" / "arena").glob(f"{size}-*/*/arena.json")) if p.parts[-3].endswith("s") == bool(seconds)]
     picture = f"arena-{size}{'-time' if seconds else ''}.png"
     subprocess.run([sys.executable, str(ROOT / "bench" / "plot.py"), *logs, "--x", "seconds" if seconds else "tokens", "--out", picture], check=True)

@@ -266,6 +266,15 @@ def matmul(a, b):
     return matmul_op(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]), b).view(*a.shape[:-1], b.shape[1])
 
 
+def rows(x, w, b):
+    """F.linear. A few rows without gradients on a CPU, which is what generation asks for: oneDNN's product, for it reads the
+    weights at up to twice MKL's rate (bench/RESULTS.md)."""
+    few = x.is_cpu and x.numel() <= 16 * x.shape[-1] and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available()
+    if few and x.numel() and {x.dtype, w.dtype} == {torch.float32} and not torch.is_autocast_enabled("cpu"):
+        return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+    return F.linear(x, w, b)
+
+
 def linear(x, w, b=None, act=None):
     """act(x w^T + b). x (..., K), w (N, K), b (N,) or None, act None or "gelu" (tanh form) -> (..., N).
 
@@ -279,7 +288,7 @@ def linear(x, w, b=None, act=None):
     if kind == "ref":
         return linear_ref(x, w, b, act)
     if kind == "torch":
-        z = F.linear(x, w, b)
+        z = rows(x, w, b)
         return F.gelu(z, approximate="tanh") if act else z
     x, w, b = operands(x, w, b)
     save = act == "gelu" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b))

@@ -177,9 +177,20 @@ class WKV7(torch.autograd.Function):
         return *grads, dS.view(B, H, N, N) if ctx.has_initial else None
 
 
+def one_token(r, w, k, v, a, b, S):
+    """The definition for T = 1, in few operators: S diag(e^w) + [u, v] [b, k]^T with u = S a."""
+    B, _, H, N = r.shape
+    r, w, k, v, a, b = (x.to(S.dtype).reshape(B * H, N) for x in (r, w, k, v, a, b))
+    S = S.reshape(B * H, N, N)
+    uv = torch.cat([S @ a[:, :, None], v[:, :, None]], 2)  # (B H, N, 2)
+    S = torch.baddbmm(S * w.exp()[:, None], uv, torch.stack([b, k], 1))
+    return (S @ r[:, :, None]).view(B, 1, H, N), S.view(B, H, N, N)
+
+
 def wkv7_torch(r, w, k, v, a, b, initial=None):
-    if r.shape[1] == 1:  # generation: one step of the definition
-        return wkv7_ref(r, w, k, v, a, b, initial)
+    if r.shape[1] == 1 and initial is not None and not torch.is_grad_enabled():  # generation
+        y, S = one_token(r, w, k, v, a, b, initial.to(torch.promote_types(r.dtype, torch.float32)))
+        return y.to(r.dtype), S
     return WKV7.apply(r, w, k, v, a, b, initial)
 
 

@@ -48,7 +48,7 @@ def judge(picture):
                     fit = np.minimum(drawn, cover).sum() / np.maximum(drawn, cover).sum()
                     best = max(best, (fit, form, r), key=lambda b: b[0])
     fit, form, r = best
-    return (colour, form, "large" if r > 0.23 * len(p) else "small") if fit >= 0.65 else None
+    return (colour, form, "large" if r > 0.29 * len(p) else "small") if fit >= 0.65 else None
 
 
 def judge_samples(module, folder, number, guidance, seed=0, steps=50):
