@@ -64,6 +64,19 @@ def test_ref_is_torch():
     assert torch.autograd.gradcheck(lambda *a: mm.linear_ref(*a, "gelu"), (x, w, b))
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_few_rows(n):
+    """Generation's products are oneDNN's, with and without a bias, for either layout of the weight; the sums are F.linear's up to rounding."""
+    x, w, b = torch.randn(n, 1, 384), torch.randn(200, 384), torch.randn(200)
+    for weight in (w, w.t().contiguous().t()):
+        for bias in (None, b):
+            with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+                found = mm.linear(x, weight, bias)
+            assert any("_linear_pointwise" in e.key for e in seen.key_averages())
+            want = F.linear(x.double(), w.double(), None if bias is None else b.double())
+            assert (found - want).abs().max() < 1e-5 * want.abs().max()
+
+
 def test_empty():
     with triton_form():
         assert mm.linear(torch.ones(0, 4), torch.ones(3, 4)).shape == (0, 3)

@@ -40,6 +40,17 @@ def test_numerics(name):
     K.check_numerics(W.wkv7, W.wkv7_ref, [CASES[name]])
 
 
+def test_one_token():
+    """What generation takes instead of a chunk, against the definition."""
+    for name in ("one token", "two heads"):
+        case = [x.detach()[:, :1] if x.ndim == 4 and x.shape[2] != x.shape[3] else x.detach() for x in CASES[name][:6]] + [CASES[name][6].detach()]
+        want = W.wkv7_ref(*case)
+        with torch.no_grad():
+            found = W.wkv7_torch(*case)
+        for a, b in zip(found, want, strict=True):
+            assert a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
 def launches(shapes):
     for N, name in shapes:
         args = [torch.empty(1, 64, 2, N, dtype=getattr(torch, name), requires_grad=True) for _ in range(6)]
