@@ -261,7 +261,8 @@ def transformers_speaks(folder):
 
     def speak(x, n):
         with torch.inference_mode():
-            return model.generate(x, max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)[0, x.shape[1] :].tolist()
+            said = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
+            return said[0, x.shape[1] :].tolist()
 
     return speak
 
