@@ -207,11 +207,15 @@ def test_two_stages():
 
 
 def test_recorded_losses():
-    """Ten steps on one batch, seed 0; a change in initialisation, maths or optimizer shows here."""
-    avx2 = [4.1651, 4.1270, 4.0873, 4.0474, 3.9814, 3.9206, 3.8636, 3.8270, 3.7499, 3.7160]
-    avx512 = [4.1651, 4.1270, 4.0872, 4.0477, 3.9822, 3.9214, 3.8606, 3.8049, 3.7529, 3.7154]  # the last bit of a sum tips a rounding
-    found = overfit(bitnet, heads=2)
-    assert any(found == pytest.approx(want, abs=5e-3) for want in (avx2, avx512)), found
+    """Ten steps on one batch, seed 0; a change in initialisation, maths or optimizer shows here. In fp64: in fp32 the last bit of a
+    sum, which differs between CPUs, tips a rounding to another integer within a few steps."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = overfit(bitnet, heads=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    want = [4.171690, 4.142799, 4.113258, 4.069625, 4.019146, 3.969865, 3.920440, 3.871804, 3.839071, 3.796035]
+    assert found == pytest.approx(want, abs=1e-5), found
 
 
 def test_masters_drift_while_few_ternary_weights_change():
