@@ -59,10 +59,9 @@ def step(a):
 def learn(a):
     from transformers import AutoModelForCausalLM
 
-    cfg = ours.Config(data=a.data, seq=a.seq, batch=a.batch, steps=a.steps, lr=a.lr, eval_iters=a.eval_iters, dtype="fp32")
-    model = ours.Model.from_pretrained(a.base, **vars(cfg))
-    tok = ours.load_tokenizer(Path(a.base), model.cfg.vocab)
-    cfg.vocab = model.cfg.vocab
+    how = dict(data=a.data, seq=a.seq, batch=a.batch, steps=a.steps, lr=a.lr, eval_iters=a.eval_iters, dtype="fp32")
+    model = ours.Model.from_pretrained(a.base, **how)
+    cfg, tok = model.cfg, ours.load_tokenizer(Path(a.base), model.cfg.vocab)
     train, val, _ = ours.load_data(cfg, {}, tok)
     theirs, optimizer = with_peft(AutoModelForCausalLM.from_pretrained(a.base, dtype=torch.float32), cfg)
     start = {k.replace(".lora_A.", ".lora_A.default."): p for k, p in model.named_parameters() if "lora_A" in k}
@@ -71,6 +70,7 @@ def learn(a):
 
     def loss(x, y):  # one example after another: transformers keeps packed ones apart only by a mask of our own making
         total, count = 0.0, (y >= 0).sum()
+        x = x if x.ndim == 3 else torch.stack([x, torch.zeros_like(x)], 1)  # rows of one example come without segments
         for (tokens, segments), targets in zip(x, y):
             for s in range(int(segments.max()) + 1):
                 own = segments == s
