@@ -59,7 +59,7 @@ def step(a):
 def learn(a):
     from transformers import AutoModelForCausalLM
 
-    how = dict(data=a.data, seq=a.seq, batch=a.batch, steps=a.steps, lr=a.lr, eval_iters=a.eval_iters, dtype="fp32")
+    how = dict(method="lora", data=a.data, seq=a.seq, batch=a.batch, steps=a.steps, lr=a.lr, eval_iters=a.eval_iters, dtype="fp32")
     model = ours.Model.from_pretrained(a.base, **how)
     cfg, tok = model.cfg, ours.load_tokenizer(Path(a.base), model.cfg.vocab)
     train, val, _ = ours.load_data(cfg, {}, tok)
