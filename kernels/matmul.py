@@ -278,7 +278,7 @@ def rows(x, w, b):
 def linear(x, w, b=None, act=None):
     """act(x w^T + b). x (..., K), w (N, K), b (N,) or None, act None or "gelu" (tanh form) -> (..., N).
 
-    The vendor's GEMM (F.linear); ours where KERNELS=triton: see the top of the file."""
+    The vendor's GEMM (rows); ours where KERNELS=triton: see the top of the file."""
     if act not in (None, "gelu"):
         raise ValueError(f'linear: act is None or "gelu", got {act!r}')
     if w.ndim != 2 or x.shape[-1] != w.shape[1] or (b is not None and b.shape != w.shape[:1]):
