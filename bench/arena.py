@@ -33,15 +33,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from memory import peak_of  # noqa: E402
 from speed import stepper  # noqa: E402
 
-# row -> its command line
+# row -> its command line; bitnet.py has the two stages of its paper in place of a cosine
 ROWS = {
-    "gpt2": "gpt2.py",
-    "mamba-1": "mamba.py --version 1",
-    "mamba-2": "mamba.py --version 2",
-    "rwkv": "rwkv.py",
-    "retnet": "retnet.py",
+    "gpt2": "gpt2.py --lr-end 0.1",
+    "mamba-1": "mamba.py --version 1 --lr-end 0.1",
+    "mamba-2": "mamba.py --version 2 --lr-end 0.1",
+    "rwkv": "rwkv.py --lr-end 0.1",
+    "retnet": "retnet.py --lr-end 0.1",
     "bitnet": "bitnet.py",
-    "moe": "moe.py",
+    "moe": "moe.py --lr-end 0.1",
 }
 # what makes the rows equal in parameters; moe counts those that a token passes through
 SIZES = {
@@ -65,8 +65,8 @@ SIZES = {
     },
 }
 TRAIN = {
-    "1M": "--batch 16 --seq 128 --steps 1000 --lr 3e-3 --lr-end 0.1 --warmup 50 --optim adamw --dtype fp32 --eval-every 125",
-    "10M": "--batch 8 --seq 256 --steps 2000 --lr 1e-3 --lr-end 0.1 --warmup 100 --optim adamw --dtype fp32 --eval-every 250",
+    "1M": "--batch 16 --seq 128 --steps 1000 --lr 3e-3 --warmup 50 --optim adamw --dtype fp32 --eval-every 125",
+    "10M": "--batch 8 --seq 256 --steps 2000 --lr 1e-3 --warmup 100 --optim adamw --dtype fp32 --eval-every 250",
 }
 # the small models that learn recall and states: about 100,000 parameters, 64 wide (two blocks of Mamba are about one of the others)
 TASK = {row: "--layers 2 --dim 64 --heads 2" for row in ("gpt2", "retnet", "bitnet", "moe")}

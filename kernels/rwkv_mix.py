@@ -56,23 +56,24 @@ def shifted(h, last):
 
 
 def token_shift_ref(h, last, mus):
-    x, d = wide(h, shifted(h, last))
-    return [(x + (d - x) * mu).to(h.dtype) for mu in mus]
+    x, before = wide(h, shifted(h, last))
+    return [torch.lerp(x, before, mu.to(x.dtype)).to(h.dtype) for mu in mus]
 
 
 def gates_ref(k, w, a, k_k, k_a, N):
     dtype, (k, w, a) = k.dtype, wide(k, w, a)
     a = torch.sigmoid(a)
     kappa = F.normalize((k * k_k).unflatten(-1, (-1, N)), dim=-1).flatten(-2)
-    return [t.to(dtype) for t in (FASTEST * torch.sigmoid(w), k * (1 + (a - 1) * k_a), -kappa, a * kappa)]
+    return [t.to(dtype) for t in (FASTEST * torch.sigmoid(w), torch.lerp(k, k * a, k_a.to(k.dtype)), -kappa, a * kappa)]
 
 
 def readout_ref(y, r, k, v, g, rho, weight, bias):
-    dtype = g.dtype
-    y, r, k, v, g = (t.unflatten(-1, rho.shape) for t in wide(y, r, k, v, g))  # (B, T, H, N)
-    n = (y - y.mean(-1, keepdim=True)) / torch.sqrt(y.var(-1, correction=0, keepdim=True) + EPS)
-    o = n * weight.view_as(rho) + bias.view_as(rho) + (r * k * rho).sum(-1, keepdim=True) * v
-    return (o * g).flatten(-2).to(dtype)
+    dtype, H = g.dtype, len(rho)
+    y, r, k, v, g = wide(y, r, k, v, g)
+    n = F.group_norm(y.flatten(0, 1), H, weight.to(y.dtype), bias.to(y.dtype), EPS).view_as(y)
+    r, k, v = (t.unflatten(-1, rho.shape) for t in (r, k, v))  # (B, T, H, N)
+    bonus = (r * k * rho).sum(-1, keepdim=True) * v
+    return ((n + bonus.flatten(-2)) * g).to(dtype)
 
 
 def squared_relu_ref(k):

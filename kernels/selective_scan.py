@@ -18,7 +18,6 @@ back, first those before each tile of 4, which stay in registers, then in each t
 Bytes: (B, T, E, N) is never in memory. Forward reads and writes each tensor once, and N/64 fp32 states an element of u
 (N = 16, bf16: 1/8 of the floor). Backward reads those, and writes what each block of 64 channels has of dB and dC, which PyTorch
 adds up in a fixed order: results repeat bit for bit. The rows of B and C that all blocks read come from the L2 cache.
-Open: with N > 32 (every Mamba has 16) backward spills registers on sm_89.
 FLOPs: about 6 an element of the state forward, 22 backward, and 2 exponentials there: no matrix product, so no tensor cores.
 """
 import os
@@ -328,14 +327,12 @@ if triton is not None:
 
     EVERY = 64  # tokens from one saved state to the next
 
-    def scan_config(N, BT):
-        """1024 states a program, 4 a thread; no spills on sm_89 up to N = 32."""
+    def scan_config(N, backward):
+        """1024 states a program, 4 a thread; backward, with N > 32, 512: then none spills on sm_89."""
         BN = triton.next_power_of_2(N)
         if BN > 256:
             raise ValueError(f"selective_scan: N = {N} states a channel are too many for the kernels, at most 256")
-        return dict(EVERY=EVERY, BT=BT, BN=BN, BE=STATES // BN, num_warps=8)
-
-    STATES = 1024
+        return dict(EVERY=EVERY, BT=4, BN=BN, BE=(512 if backward and BN > 32 else 1024) // BN, num_warps=8)
 
     def dense_rows(*tensors):
         return [None if t is None else t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
@@ -352,7 +349,7 @@ if triton is not None:
         u, dt, B, C, z = dense_rows(u, dt, B, C, z)
         y, final = u.new_empty(u.shape), u.new_empty(batch, E, N, dtype=torch.float32)
         saved = u.new_empty(batch, max(0, T - 1) // EVERY, N, E, dtype=torch.float32)
-        how = scan_config(N, 4)
+        how = scan_config(N, False)
         scan_fwd_kernel[(triton.cdiv(E, how["BE"]), batch)](
             u, dt, A.contiguous(), B, C, D, z, dt_bias, None if initial is None else initial.contiguous(), y, final, saved,
             T, E, N, *map(strides, (u, dt, B, C, z)), **how)
@@ -372,7 +369,7 @@ if triton is not None:
         (batch, T, E), N = u.shape, A.shape[1]
         dy, u, dt, B, C, z = dense_rows(dy, u, dt, B, C, z)
         du, ddt, dz = (None if t is None else t.new_empty(t.shape) for t in (u, dt, z))
-        how = scan_config(N, 4)
+        how = scan_config(N, True)
         blocks, new = triton.cdiv(E, how["BE"]), lambda *shape: u.new_empty(shape, dtype=torch.float32)
         dB, dC, dA, dvec = new(blocks, batch, T, N), new(blocks, batch, T, N), new(batch, E, N), new(2, batch, E)
         dinitial = None if initial is None else new(batch, E, N)

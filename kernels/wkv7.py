@@ -26,8 +26,7 @@ Saved for backward: the inputs and the state before each chunk (kernels: rounded
 it). A, its inverse and u are made again.
 Bytes, in bf16 at N = 64 and a token and head: 6 inputs and y are 896, which is the floor, the saved states 512: 1.6 times the
 floor forward; backward 13 tensors, 1664, and the states again: 1.3 times.
-Open: spills on sm_89 at N = 64. In fp32 8 warps have none forward, 280 instructions backward (4 warps: 108 and 672); bf16 with
-4 warps has 28 and 765, with 8 it was not counted.
+In bf16 at N = 64 nothing spills on sm_89. Open: in fp32 there are 250 spill instructions forward, 260 backward.
 FLOPs: 8 N^2 + 20 L N a token and head forward, 2.5 times that backward; token by token it is 9 N^2, but no matrix products.
 """
 import os
@@ -196,12 +195,22 @@ def wkv7_torch(r, w, k, v, a, b, initial=None):
 
 if triton is not None:
     # One program walks through the chunks of one (batch, head) with its state in registers: nothing goes through memory but the
-    # inputs, y and, for backward, the state before each chunk. i and j are the places of two tokens in a chunk of BT. Rows past T
-    # and channels past N are loaded as zeros: a decay of 1 and nothing read or written.
+    # inputs, y and, for backward, the state before each chunk. All tiles are the header's transposed: a column is a token, so that
+    # products have BN rows, which the warps share; with rows of BT tokens every warp would compute, and hold, all of them. i is
+    # the place of a token of p in a chunk, j of one of q. Columns past T and rows past N are loaded as zeros: a decay of 1 and
+    # nothing read or written.
 
     @triton.jit
     def product(x, y):
         return tl.dot(x, y, input_precision="ieee")  # fp32: plain FMAs; 16-bit: tensor cores, sums in fp32
+
+    @triton.jit
+    def fine(x, y, t: tl.constexpr):
+        """The product of two fp32 tiles; to 2^-16 where the inputs' dtype t is bf16: each is the sum of two tiles in t."""
+        if t == tl.float32:
+            return product(x, y)
+        x0, y0 = x.to(t), y.to(t)
+        return product(x0, y0) + product(x0, (y - y0.to(tl.float32)).to(t)) + product((x - x0.to(tl.float32)).to(t), y0)
 
     @triton.jit
     def load(x, o, m):
@@ -209,34 +218,34 @@ if triton is not None:
 
     @triton.jit
     def prepare_tile(r, w, k, a, b, o, m, i, j, LOG: tl.constexpr):
-        """-> q_a, q_r, p_k, p_b [BT, BN], A_ak, A_rk, A_rb [BT, BT] as operands of products; (1 - A_ab)^{-1} [BT, BT] in fp32, for
-        where keys repeat it takes differences of nearly equal rows; e^m [1, BN]; the factors of a, of r, of k and b [BT, BN]."""
+        """-> q_a, q_r, p_k, p_b [BN, BT], A_ak, A_rk, A_rb [BT, BT] as operands of products; (1 - A_ab)^{-1} [BT, BT] in fp32, for
+        where keys repeat it takes differences of nearly equal rows; e^m [BN, 1]; the factors of a, of r, of k and b [BN, BT]."""
         t = r.dtype.element_ty
         b_w = load(w, o, m)
-        c, mid = tl.cumsum(b_w, 0), tl.sum(b_w, 0, keep_dims=True) * 0.5
+        c, mid = tl.cumsum(b_w, 1), tl.sum(b_w, 1, keep_dims=True) * 0.5
         before, up, down = tl.exp(c - b_w - mid), tl.exp(c - mid), tl.exp(mid - c)
         q_a, q_r = (load(a, o, m) * before).to(t), (load(r, o, m) * up).to(t)
         p_k, p_b = (load(k, o, m) * down).to(t), (load(b, o, m) * down).to(t)
-        A_ak = tl.where(i > j, product(q_a, tl.trans(p_k)), 0.0).to(t)
-        A_ab = tl.where(i > j, product(q_a, tl.trans(p_b)), 0.0)
-        A_rk = tl.where(i >= j, product(q_r, tl.trans(p_k)), 0.0).to(t)
-        A_rb = tl.where(i >= j, product(q_r, tl.trans(p_b)), 0.0).to(t)
+        A_ak = tl.where(i < j, product(tl.trans(p_k), q_a), 0.0).to(t)
+        A_ab = tl.where(i < j, product(tl.trans(p_b), q_a), 0.0)
+        A_rk = tl.where(i <= j, product(tl.trans(p_k), q_r), 0.0).to(t)
+        A_rb = tl.where(i <= j, product(tl.trans(p_b), q_r), 0.0).to(t)
         # M holds the inverses of the diagonal's blocks of 2^e tokens; two of them and what couples them make the next larger:
-        #   (1 - [[X, 0], [Z, Y]])^{-1} = [[M_X, 0], [M_Y Z M_X, M_Y]]
+        #   (1 - [[X, Z], [0, Y]])^{-1} = [[M_X, M_X Z M_Y], [0, M_Y]]
         M = tl.where(i == j, 1.0, 0.0) + tl.where((i >> 1) == (j >> 1), A_ab, 0.0)
         for e in tl.static_range(1, LOG):
             between = tl.where(((i >> (e + 1)) == (j >> (e + 1))) & ((i >> e) != (j >> e)), A_ab, 0.0)
-            M += product(product(M, between), M)
+            M += fine(fine(M, between, t), M, t)
         return q_a, q_r, p_k, p_b, A_ak, A_rk, A_rb, M, tl.exp(mid), before, up, down
 
     @triton.jit
     def wkv7_fwd_kernel(r, w, k, v, a, b, initial, y, states, final, H, T, N: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
                         LOG: tl.constexpr):
         i_bh = tl.program_id(0).to(tl.int64)
-        i, j, o_n = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :], tl.arange(0, BN)[None, :]
+        i, j, o_n = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :], tl.arange(0, BN)[:, None]
         start = ((i_bh // H) * T * H + i_bh % H) * N
-        o_v = tl.arange(0, BN)[:, None]
-        o_s, m_s = o_v * N + o_n, (o_v < N) & (o_n < N)
+        o_k = tl.arange(0, BN)[None, :]
+        o_s, m_s = o_n * N + o_k, (o_n < N) & (o_k < N)
         states += i_bh * tl.cdiv(T, BT) * N * N
         t = r.dtype.element_ty
         if initial is None:
@@ -244,18 +253,16 @@ if triton is not None:
         else:
             S = load(initial + i_bh * N * N, o_s, m_s)
         for n in range(0, tl.cdiv(T, BT)):
-            o_t = n * BT + i
+            o_t = n * BT + j
             o, m = start + o_t.to(tl.int64) * H * N + o_n, (o_t < T) & (o_n < N)
             tl.store(states + n.to(tl.int64) * N * N + o_s, S, mask=m_s)
             q_a, q_r, p_k, p_b, A_ak, A_rk, A_rb, M, half, before, up, down = prepare_tile(r, w, k, a, b, o, m, i, j, LOG)
             b_v = tl.load(v + o, mask=m, other=0.0)
-            S *= half
-            S_t = tl.trans(S.to(t))
-            z = product(q_a, S_t) + product(A_ak, b_v)
-            u = product(M, z).to(t)
-            b_y = product(q_r, S_t) + product(A_rk, b_v) + product(A_rb, u)
-            tl.store(y + o, b_y, mask=m)
-            S = (S + product(tl.trans(b_v), p_k) + product(tl.trans(u), p_b)) * half
+            S *= tl.trans(half)
+            S_ = S.to(t)
+            u = fine(product(S_, q_a) + product(b_v, A_ak), M, t).to(t)
+            tl.store(y + o, product(S_, q_r) + product(b_v, A_rk) + product(u, A_rb), mask=m)
+            S = (S + product(b_v, tl.trans(p_k)) + product(u, tl.trans(p_b))) * tl.trans(half)
         tl.store(final + i_bh * N * N + o_s, S, mask=m_s)
 
     # The names are the header's: R = dL/dS at the chunk's end, R_ = R diag(e^m), D = [dz; dy], dA = D [v; u]^T where A is not 0.
@@ -264,10 +271,10 @@ if triton is not None:
     def wkv7_bwd_kernel(r, w, k, v, a, b, states, dy, dfinal, dr, dw, dk, dv, da, db, dinitial, H, T, N: tl.constexpr,
                         BN: tl.constexpr, BT: tl.constexpr, LOG: tl.constexpr):
         i_bh = tl.program_id(0).to(tl.int64)
-        i, j, o_n = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :], tl.arange(0, BN)[None, :]
+        i, j, o_n = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :], tl.arange(0, BN)[:, None]
         start = ((i_bh // H) * T * H + i_bh % H) * N
-        o_v = tl.arange(0, BN)[:, None]
-        o_s, m_s = o_v * N + o_n, (o_v < N) & (o_n < N)
+        o_k = tl.arange(0, BN)[None, :]
+        o_s, m_s = o_n * N + o_k, (o_n < N) & (o_k < N)
         n_t = tl.cdiv(T, BT)
         states += i_bh * n_t * N * N
         t = r.dtype.element_ty
@@ -276,50 +283,54 @@ if triton is not None:
         else:
             R = load(dfinal + i_bh * N * N, o_s, m_s)
         for n in range(0, n_t):
-            o_t = (n_t - 1 - n) * BT + i
+            o_t = (n_t - 1 - n) * BT + j
             o, m = start + o_t.to(tl.int64) * H * N + o_n, (o_t < T) & (o_n < N)
             q_a, q_r, p_k, p_b, A_ak, A_rk, A_rb, M, half, before, up, down = prepare_tile(r, w, k, a, b, o, m, i, j, LOG)
             b_v, b_dy = tl.load(v + o, mask=m, other=0.0), tl.load(dy + o, mask=m, other=0.0)
-            S = load(states + (n_t - 1 - n).to(tl.int64) * N * N, o_s, m_s) * half
-            R *= half
-            mid = tl.sum(S * R, 0, keep_dims=True)  # [1, BN], for dw
+            S = load(states + (n_t - 1 - n).to(tl.int64) * N * N, o_s, m_s) * tl.trans(half)
+            R *= tl.trans(half)
+            mid = tl.trans(tl.sum(S * R, 0, keep_dims=True))  # [BN, 1], for dw
             S_, R_ = S.to(t), R.to(t)
-            u = product(M, product(q_a, tl.trans(S_)) + product(A_ak, b_v)).to(t)
-            du = product(tl.trans(A_rb), b_dy) + product(p_b, tl.trans(R_))
-            dz = product(tl.trans(M), du).to(t)
-            b_dv = product(tl.trans(A_ak), dz) + product(tl.trans(A_rk), b_dy) + product(p_k, tl.trans(R_))
-            tl.store(dv + o, b_dv, mask=m)
-            dA_ak = tl.where(i > j, product(dz, tl.trans(b_v)), 0.0).to(t)
-            dA_ab = tl.where(i > j, product(dz, tl.trans(u)), 0.0).to(t)
-            dA_rk = tl.where(i >= j, product(b_dy, tl.trans(b_v)), 0.0).to(t)
-            dA_rb = tl.where(i >= j, product(b_dy, tl.trans(u)), 0.0).to(t)
-            dq = product(b_dy, S_) + product(dA_rk, p_k) + product(dA_rb, p_b)
+            u = fine(product(S_, q_a) + product(b_v, A_ak), M, t).to(t)
+            du = product(b_dy, tl.trans(A_rb)) + product(R_, p_b)
+            dz = fine(du, tl.trans(M), t).to(t)
+            tl.store(dv + o, product(dz, tl.trans(A_ak)) + product(b_dy, tl.trans(A_rk)) + product(R_, p_k), mask=m)
+            dA_ak = tl.where(i < j, product(tl.trans(b_v), dz), 0.0).to(t)
+            dA_ab = tl.where(i < j, product(tl.trans(u), dz), 0.0).to(t)
+            dA_rk = tl.where(i <= j, product(tl.trans(b_v), b_dy), 0.0).to(t)
+            dA_rb = tl.where(i <= j, product(tl.trans(u), b_dy), 0.0).to(t)
+            S_ = tl.trans(S_)
+            dq = product(S_, b_dy) + product(p_k, dA_rk) + product(p_b, dA_rb)
             tl.store(dr + o, dq * up, mask=m)
             rest = dq * q_r
-            dq = product(dz, S_) + product(dA_ak, p_k) + product(dA_ab, p_b)
+            dq = product(S_, dz) + product(p_k, dA_ak) + product(p_b, dA_ab)
             tl.store(da + o, dq * before, mask=m)
             a_da = dq * q_a
             rest += a_da
-            dp = product(b_v, R_)
-            mid += tl.sum(dp * p_k, 0, keep_dims=True)
-            dp += product(tl.trans(dA_ak), q_a) + product(tl.trans(dA_rk), q_r)
+            R_ = tl.trans(R_)
+            dp = product(R_, b_v)
+            mid += tl.sum(dp * p_k, 1, keep_dims=True)
+            dp += product(q_a, tl.trans(dA_ak)) + product(q_r, tl.trans(dA_rk))
             tl.store(dk + o, dp * down, mask=m)
             rest -= dp * p_k
-            dp = product(u, R_)
-            mid += tl.sum(dp * p_b, 0, keep_dims=True)
-            dp += product(tl.trans(dA_ab), q_a) + product(tl.trans(dA_rb), q_r)
+            dp = product(R_, u)
+            mid += tl.sum(dp * p_b, 1, keep_dims=True)
+            dp += product(q_a, tl.trans(dA_ab)) + product(q_r, tl.trans(dA_rb))
             tl.store(db + o, dp * down, mask=m)
             rest -= dp * p_b
-            tl.store(dw + o, mid + tl.sum(rest, 0, keep_dims=True) - tl.cumsum(rest, 0) + rest - a_da, mask=m)
-            R = (R + product(tl.trans(b_dy), q_r) + product(tl.trans(dz), q_a)) * half
+            tl.store(dw + o, mid + tl.sum(rest, 1, keep_dims=True) - tl.cumsum(rest, 1) + rest - a_da, mask=m)
+            R = (R + product(b_dy, tl.trans(q_r)) + product(dz, tl.trans(q_a))) * tl.trans(half)
         if dinitial is not None:
             tl.store(dinitial + i_bh * N * N + o_s, R, mask=m_s)
 
     TILE = 16  # tokens of a chunk in the kernels
 
-    def config(N):
+    def config(r):
+        """A tile's rows are shared by 4 warps; in fp32, where products are plain FMAs with whole rows in registers, by 8."""
+        N = r.shape[3]
         BN = max(16, triton.next_power_of_2(N))
-        return dict(N=N, BN=BN, BT=TILE, LOG=TILE.bit_length() - 1, num_warps=8 if BN == 64 else 4, num_stages=1)
+        warps = 8 if BN == 64 and r.dtype == torch.float32 else 4
+        return dict(N=N, BN=BN, BT=TILE, LOG=TILE.bit_length() - 1, num_warps=warps, num_stages=1)
 
     @torch.library.custom_op("kernels::wkv7", mutates_args=())
     def wkv7_op(r: torch.Tensor, w: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
@@ -329,7 +340,7 @@ if triton is not None:
         y, final = r.new_empty(r.shape), r.new_empty(B, H, N, N, dtype=torch.float32)
         states = r.new_empty(B, H, triton.cdiv(T, TILE), N, N)
         wkv7_fwd_kernel[(B * H,)](*(x.contiguous() for x in (r, w, k, v, a, b)), None if initial is None else initial.contiguous(),
-                                  y, states, final, H, T, **config(N))
+                                  y, states, final, H, T, **config(r))
         return y, final, states
 
     @wkv7_op.register_fake
@@ -348,7 +359,7 @@ if triton is not None:
         dinitial = r.new_empty((B, H, N, N) if initial else 0, dtype=torch.float32)
         wkv7_bwd_kernel[(B * H,)](*(x.contiguous() for x in (r, w, k, v, a, b)), states, dy.contiguous(),
                                   None if dfinal is None else dfinal.contiguous(), *grads, dinitial if initial else None,
-                                  H, T, **config(N))
+                                  H, T, **config(r))
         return *grads, dinitial
 
     @wkv7_bwd_op.register_fake

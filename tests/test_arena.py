@@ -27,6 +27,14 @@ def test_sizes_agree(row):
     assert abs(arena.body(model) / 1e6 - 1) < 0.05
 
 
+@pytest.mark.parametrize("row", arena.ROWS)
+def test_flags_are_known(row):
+    """What a run passes is what the row's file takes."""
+    for size in arena.SIZES:
+        _, cfg, _ = arena.model_of(row, f"{arena.SIZES['1M'][row]} {arena.TRAIN[size]}", vocab=65)
+        assert (cfg.optim, cfg.dtype) == ("adamw", "fp32") and cfg.batch * cfg.seq == 2048
+
+
 def test_recall():
     recall = load("data/recall.py")
     tokens, targets = recall.examples(np.random.default_rng(0), 5, 6)

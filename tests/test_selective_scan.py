@@ -64,24 +64,15 @@ def bench_cases():
 
 def launches():
     """What a model has: bf16 beside fp32 A, D and bias, from zeros; all tensors fp32 with every pointer; many states."""
-    for dtype, N, how in ((torch.bfloat16, 16, dict(initial=False)), (torch.float32, 16, {}), (torch.bfloat16, 64, dict(initial=False))):
+    for dtype, N, how in ((torch.bfloat16, 16, dict(initial=False)), (torch.float32, 16, {}), (torch.bfloat16, 64, dict(initial=False)), (torch.bfloat16, 256, dict(initial=False))):
         K.label = f"N = {N}"
         args = case(1, 64, 256, N, dtype=dtype, wide=torch.float32, **how)
         outs = S.selective_scan(*args)[:1 if how else 2]
         torch.autograd.grad(outs, [t for t in args if t is not None], [torch.empty_like(t) for t in outs])
 
 
-OPEN = {("scan_bwd_kernel", "N = 64"): 470}  # spill instructions on sm_89 that are there; more is a fault, less is welcome
-
-
 def test_compiles():
-    """check_compiles, but for those in OPEN."""
-    rows = K.compiled("test_selective_scan", "launches")
-    assert len({(r["kernel"], r["arch"]) for r in rows}) == 2 * len(K.TARGETS)
-    for r in rows:
-        print(r["kernel"], r["label"], r["arch"], r.get("regs"), r.get("spills"), r.get("smem"), r.get("occupancy"))
-        fewer = max(0, r.get("spills", 0) - OPEN.get((r["kernel"], r["label"]), 0))
-        assert not K.faults_of(dict(r, spills=fewer)), (r["kernel"], r["label"], r["arch"], K.faults_of(r))
+    K.check_compiles("test_selective_scan", "launches")
 
 
 def results(f, args):

@@ -51,28 +51,29 @@ def test_one_token():
             assert a.dtype == b.dtype and torch.allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
-def launches(shapes):
-    for N, name in shapes:
+def launches():
+    """The head size of every released model, in bf16 and fp32, and one that needs masks."""
+    for N, name in ((64, "bfloat16"), (64, "float32"), (40, "bfloat16")):
+        K.label = f"{name}, N = {N}"
         args = [torch.empty(1, 64, 2, N, dtype=getattr(torch, name), requires_grad=True) for _ in range(6)]
         S = torch.empty(1, 2, N, N, requires_grad=True)
         y, final = W.wkv7(*args, S)
         torch.autograd.grad([y, final], [*args, S], [torch.empty_like(y), torch.empty_like(final)])
 
 
-def official():
-    """The head size of every released model."""
-    launches([(64, "bfloat16")])
+# spill instructions on sm_89 that are there; more is a fault, less is welcome
+OPEN = {("wkv7_fwd_kernel", "float32, N = 64"): 250, ("wkv7_bwd_kernel", "float32, N = 64"): 260, ("wkv7_bwd_kernel", "bfloat16, N = 40"): 6}
 
 
 def test_compiles():
-    """Machine code for each target: it fits, and multiplies on tensor cores. Spills on sm_89 are printed, not asserted: they
-    are open (kernels/wkv7.py says how many)."""
-    rows = K.compiled("test_wkv7", "official", targets=(89, 90, "gfx942"))
-    assert len(rows) == 6
-    for row in rows:
-        faults = [f for f in K.faults_of(row) if "spill" not in f]
-        assert not faults and row["tensor"], (row["kernel"], row["arch"], faults)
-        print({k: row[k] for k in ("kernel", "arch", "regs", "smem", "spills")})
+    """check_compiles, but for those in OPEN."""
+    rows = K.compiled("test_wkv7", "launches", targets=(89, 90, "gfx942"))
+    assert len({(r["kernel"], r["arch"]) for r in rows}) == 6
+    for r in rows:
+        print({k: r.get(k) for k in ("kernel", "label", "arch", "regs", "smem", "spills", "tensor")})
+        fewer = max(0, r.get("spills", 0) - OPEN.get((r["kernel"], r["label"]), 0))
+        assert not K.faults_of(dict(r, spills=fewer)), (r["kernel"], r["label"], r["arch"], K.faults_of(r))
+        assert r["tensor"] or "float32" in r["label"]
 
 
 def traffic_case(B=1, T=64, H=1, N=64):
