@@ -2,8 +2,8 @@
 
     python bench/arena.py run --size 1M --data my.txt              every row: trains it, one after the other, then measures it
     python bench/arena.py run --size 1M --row retnet --seed 2      one row, one seed: a stranger can repeat it
-    python bench/arena.py run --size 1M --seconds 120              as many steps as fit into the time, by the speed of the first run
-    python bench/arena.py table --size 1M                          the table (Markdown) and the curves, arena-1M.png, of what has run
+    python bench/arena.py run --size 1M --seconds 120              as many steps as fit into the time, by the speed of the runs over tokens
+    python bench/arena.py table --size 1M                          the table (Markdown) and the curves of what has run, by tokens and by time: arena-1M.png
     python bench/arena.py recall                                   data/recall.py: what can be looked up, by the number of pairs
     python bench/arena.py states                                   data/states.py: a product of permutations, by its length
 
@@ -122,10 +122,10 @@ def run(row, size, seed, data, seconds=0):
     file, *own = ROWS[row].split()
     flags = [*own, *SIZES[size][row].split(), *TRAIN[size].split(), "--data", data, "--seed", str(seed), "--out", str(out)]
     if seconds:
-        first = folder(size, seed, row, 0)
-        if not (first / "arena.json").is_file():
+        first = [json.loads(p.read_text()) for p in (ROOT / "out" / "arena").glob(f"{size}-*/{row}/arena.json") if not p.parts[-3].endswith("s")]
+        if not first:
             bad(f"--seconds {seconds}: needs the speed of {row}'s run over tokens; run it without --seconds first")
-        result = json.loads((first / "arena.json").read_text())
+        result = max(first, key=lambda r: r["tok_s"])
         steps = max(100, round(seconds * result["tok_s"] / result["tokens"] * result["steps"]))
         flags += ["--steps", str(steps), "--eval-every", str(max(10, steps // 8))]
     command = [sys.executable, str(ROOT / file), *(["--resume", "--out", str(out)] if (out / "train_state.pt").is_file() else flags)]
@@ -177,7 +177,8 @@ def table(size, seconds=0):
     done = {}
     for path in sorted((ROOT / "out" / "arena").glob(f"{size}-*/*/arena.json")):
         if path.parts[-3].endswith("s") == bool(seconds):
-            done.setdefault(json.loads(path.read_text())["row"], []).append(json.loads(path.read_text()))
+            result = json.loads(path.read_text()) | dict(path=path.parent)
+            done.setdefault(result["row"], []).append(result)
     if not done:
         bad(f"--size {size}: nothing has run yet; python bench/arena.py run --size {size}")
     print("| | parameters | val loss | seeds | tokens | training tok/s | s | MB | generation tok/s at 1k, 16k | state at 1k, 16k |\n" + "|---" * 10 + "|")
@@ -185,9 +186,35 @@ def table(size, seconds=0):
         d, best = done[row], lambda key: max(r[key] for r in done[row])
         print(f"| {row} | {d[0]['body']:,} | {spread([r['val'] for r in d])} | {len(d)} | {d[0]['tokens'] / 1e6:.2f}M | {best('tok_s'):,.0f} | {min(r['seconds'] for r in d):.0f} | "
               f"{d[0]['held'] / 2**20:,.0f} | {best('speed_1024'):,.0f}, {best('speed_16384'):,.0f} | {d[0]['state_1024']:,}, {d[0]['state_16384']:,} |")  # fmt: skip
-    logs = [str(p.parent / "log.csv") for p in sorted((ROOT / "out" / "arena").glob(f"{size}-*/*/arena.json")) if p.parts[-3].endswith("s") == bool(seconds)]
-    picture = f"arena-{size}{'-time' if seconds else ''}.png"
-    subprocess.run([sys.executable, str(ROOT / "bench" / "plot.py"), *logs, "--x", "seconds" if seconds else "tokens", "--out", picture], check=True)
+    name = f"arena-{size}{'-time' if seconds else ''}.png"
+    picture({row: done[row] for row in ROWS if row in done}, name)
+    print(f"\n{name}: the validation losses")
+
+
+def picture(done, out):
+    """Validation loss by tokens, and by time at the speed in the table; a line for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    for i, (row, results) in enumerate(done.items()):
+        speed = max(r["tok_s"] for r in results)
+        label = f"{row}: {statistics.mean(r['val'] for r in results):.3f}"
+        for result in results:
+            points = [(int(r["tokens"]), float(r["val"])) for r in rows_of(Path(result["path"])) if r["val"]]
+            for axes, unit in zip(panels, (1e6, speed)):
+                axes.plot([t / unit for t, _ in points], [v for _, v in points], f"C{i}o-", markersize=3, linewidth=1.2, label=label)
+            label = None  # one entry of the legend for all seeds
+    for axes, x in zip(panels, ("million training tokens", "seconds of training")):
+        axes.set_xlabel(x)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("validation loss (nats per token)")
+    panels[1].legend(frameon=False)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
 
 
 def learn(row, examples, tests, vocab, steps, seed):
@@ -217,7 +244,7 @@ def tasks(which, rows, steps, seed):
     """Trained on a mixture of sizes, tested on each: a row of accuracies, and beside it the state that a text of the longest leaves."""
     task = load(f"data/{which}.py")
     if which == "recall":
-        sizes, vocab = (4, 8, 16, 32), task.VOCAB
+        sizes, vocab = (2, 4, 8, 16), task.VOCAB
         draw = lambda size: lambda rng, n: task.examples(rng, n, size)
         heading = "pairs"
     else:

@@ -169,7 +169,7 @@ def generate(module, me, flags, n, count=200):
 
 def length(module, me, flags):
     """2,048 tokens a step whatever T: what grows with T shows in the time per token; memory at batch 1."""
-    print("\nA training step, 6 x 384, 2,048 tokens or one sequence\n\n| T | us a token | MB at batch 1, without weights and states |\n|---|---|---|")
+    print("\nA training step, 6 x 384, 2,048 tokens or one sequence\n\n| T | us a token | MB of activations at batch 1, between forward and backward |\n|---|---|---|")
     for T in (256, 512, 1024, 2048, 4096):
         cfg = configure(module, SIZES["large"] | dict(seq=T, batch=max(1, 2048 // T)), flags)
         torch.manual_seed(0)
@@ -178,9 +178,10 @@ def length(module, me, flags):
         found = rounds({me: lambda: step(x, x.roll(-1, 1))}, 1, 3)[me]
         x = x[:1]
         with Tracker() as held:
-            model(x, x.roll(-1, 1)).backward()
-        weights = 2 * sum(p.nbytes for p in model.parameters())
-        print(f"| {T:,} | {statistics.median(found) / cfg.batch / T * 1e6:.0f} | {(held.peak - weights) / 2**20:,.0f} |", flush=True)
+            loss = model(x, x.roll(-1, 1))
+        activations = held.live - sum(p.nbytes for p in model.parameters())
+        del loss
+        print(f"| {T:,} | {statistics.median(found) / cfg.batch / T * 1e6:.0f} | {activations / 2**20:,.1f} |", flush=True)
 
 
 if __name__ == "__main__":
