@@ -167,21 +167,25 @@ def generate(module, me, flags, n, count=200):
     table("Generation, 6 x 384, batch 1, greedy, with the cache or state", found, me, "ms a token", {"tokens/s": speed, "equal tokens": agree})
 
 
-def length(module, me, flags):
-    """2,048 tokens a step whatever T: what grows with T shows in the time per token; memory at batch 1."""
-    print("\nA training step, 6 x 384, 2,048 tokens or one sequence\n\n| T | us a token | MB of activations at batch 1, between forward and backward |\n|---|---|---|")
+def length(module, me, flags, n):
+    """2,048 tokens a step whatever T (4,096 at T = 4,096), in turns: what grows with T shows in the time per token; memory at batch 1."""
+    steps, tokens, activations = {}, {}, {}
     for T in (256, 512, 1024, 2048, 4096):
         cfg = configure(module, SIZES["large"] | dict(seq=T, batch=max(1, 2048 // T)), flags)
         torch.manual_seed(0)
-        model = module.Model(cfg)
-        step, x = stepper(model, module.make_optimizers(model, cfg), False), torch.randint(VOCAB, (cfg.batch, T))
-        found = rounds({me: lambda: step(x, x.roll(-1, 1))}, 1, 3)[me]
-        x = x[:1]
+        model, x = module.Model(cfg), torch.randint(VOCAB, (cfg.batch, T))
         with Tracker() as held:
-            loss = model(x, x.roll(-1, 1))
-        activations = held.live - sum(p.nbytes for p in model.parameters())
+            loss = model(x[:1], x[:1].roll(-1, 1))
+        activations[T] = held.live - sum(p.nbytes for p in model.parameters())
         del loss
-        print(f"| {T:,} | {statistics.median(found) / cfg.batch / T * 1e6:.0f} | {activations / 2**20:,.1f} |", flush=True)
+        step = stepper(model, module.make_optimizers(model, cfg), False)
+        steps[T], tokens[T] = (lambda step=step, x=x: step(x, x.roll(-1, 1))), x.numel()
+    found = rounds(steps, 1, n)
+    per_token = {T: [t / tokens[T] * 1e6 for t in times] for T, times in found.items()}
+    print(f"\nA training step of {me}, 6 x 384, fp32\n\n| T | us a token | of T = 256 (range over rounds) | MB of activations at batch 1, between forward and backward |\n|---|---|---|---|")
+    for T, times in per_token.items():
+        ratios = sorted(t / first for t, first in zip(times, per_token[256]))
+        print(f"| {T:,} | {statistics.median(times):.0f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {activations[T] / 2**20:,.1f} |")
 
 
 if __name__ == "__main__":
@@ -202,6 +206,6 @@ if __name__ == "__main__":
         if name == "generate":
             generate(module, me, flags, a.rounds)
         elif name == "length":
-            length(module, me, flags)
+            length(module, me, flags, a.rounds)
         else:
             train(name, module, me, flags, a.peers, a.rounds, a.bf16)
