@@ -59,6 +59,7 @@ try:
     from kernels.activation import swiglu
     from kernels.attention import attention
     from kernels.cross_entropy import linear_cross_entropy
+    from kernels.matmul import linear
     from kernels.nf4 import dequantize_nf4, nf4_linear, quantize_nf4
     from kernels.norm import add_rms_norm, rms_norm
 except ModuleNotFoundError:  # this file alone: the same operations in plain PyTorch
@@ -78,6 +79,9 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
             )
             total = total + checkpoint(part, xs, ts, use_reentrant=False)
         return total / (targets != ignore_index).sum().clamp(min=1)
+
+    def linear(x, w):
+        return F.linear(x, w)
 
     def rms_norm(x, w, eps=1e-6):
         return F.rms_norm(x, w.shape, w, eps)
@@ -228,7 +232,7 @@ class Linear(nn.Module):
 
     def forward(self, x):
         rows = x.flatten(0, -2)  # (N, in), and y (N, out) is no view: a sum into a view would be copied in backward
-        y = F.linear(rows, self.weight.to(x.dtype)) if self.nf4 is None else nf4_linear(rows, self.nf4)
+        y = linear(rows, self.weight.to(x.dtype)) if self.nf4 is None else nf4_linear(rows, self.nf4)
         if self.lora_A is not None:
             h = F.linear(F.dropout(rows, self.dropout, self.training), self.lora_A.weight.to(x.dtype))  # (N, r)
             y.addmm_(h, self.lora_B.weight.to(h.dtype).t(), alpha=self.scale)  # no second (N, out) is made
@@ -385,7 +389,7 @@ class Model(nn.Module):
             state["kv"] = F.pad(state["kv"], (0, 0, 0, max(end, 2 * room) - room))
         x = self.blocks(tokens, None, state["kv"], t)
         state["t"] = end
-        return F.linear(x[:, -1], self.head().to(x.dtype)), state
+        return linear(x[:, -1], self.head().to(x.dtype)), state
 
     def adapt(self, cfg, layers=0):
         """Freeze the base and add what cfg.method trains; layers: how many of the last ones get prompts, 0: all."""

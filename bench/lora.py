@@ -42,6 +42,7 @@ def step(a):
     cfg = ours.Config(**SMOLLM2, seq=a.seq, batch=1)
     torch.manual_seed(0)
     model = ours.Model(cfg)
+    model.prepare(a.bf16)  # as train() does: a frozen base in bf16
     c = {k: v for k, v in model.hf_config().items() if k not in ("model_type", "architectures")}
     theirs, optimizer = with_peft(LlamaForCausalLM(LlamaConfig(**c, use_cache=False)), cfg)
     x = torch.randint(cfg.vocab, (1, a.seq))

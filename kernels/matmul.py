@@ -266,12 +266,36 @@ def matmul(a, b):
     return matmul_op(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]), b).view(*a.shape[:-1], b.shape[1])
 
 
+def onednn(x, w, b=None):
+    """x w^T + b by oneDNN, where PyTorch would take MKL: it has no gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+
+
+class Frozen(torch.autograd.Function):
+    """x w^T for a w that is not trained."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(w)
+        return onednn(x, w)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (w,) = ctx.saved_tensors
+        return onednn(dy, w.t()), None
+
+
 def rows(x, w, b):
-    """F.linear. A few rows without gradients on a CPU, which is what generation asks for: oneDNN's product, for it reads the
-    weights at up to twice MKL's rate (bench/RESULTS.md)."""
-    few = x.is_cpu and x.numel() <= 16 * x.shape[-1] and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available()
-    if few and x.numel() and {x.dtype, w.dtype} == {torch.float32} and not torch.is_autocast_enabled("cpu"):
-        return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+    """F.linear. In fp32 on a CPU by oneDNN, where that is the faster (bench/RESULTS.md): for a few rows without gradients, which is
+    what generation asks for, it reads the weights at up to twice MKL's rate; of frozen weights both products gain, x w^T and dy w
+    (that of a weight's gradient would lose)."""
+    fp32 = x.is_cpu and {x.dtype, w.dtype} == {torch.float32} and not torch.is_autocast_enabled("cpu")
+    if fp32 and x.numel() and torch.backends.mkldnn.is_available():
+        if not torch.is_grad_enabled() and x.numel() <= 16 * x.shape[-1]:
+            return onednn(x, w, b)
+        if torch.is_grad_enabled() and x.requires_grad and not w.requires_grad and b is None:
+            return Frozen.apply(x, w)
     return F.linear(x, w, b)
 
 

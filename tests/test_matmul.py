@@ -77,6 +77,17 @@ def test_few_rows(n):
             assert (found - want).abs().max() < 1e-5 * want.abs().max()
 
 
+def test_frozen():
+    """A weight that is not trained, on a CPU: oneDNN's products forward and backward, F.linear's results up to rounding."""
+    x, w, dy = torch.randn(3, 50, 96, requires_grad=True), torch.randn(70, 96), torch.randn(3, 50, 70)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        y = mm.linear(x, w)
+        (dx,) = torch.autograd.grad(y, x, dy)
+    assert sum(e.count for e in seen.key_averages() if "_linear_pointwise" in e.key) == 2
+    for found, want in ((y, x.double() @ w.double().t()), (dx, dy.double() @ w.double())):
+        assert (found - want).abs().max() < 1e-5 * want.abs().max()
+
+
 def test_empty():
     with triton_form():
         assert mm.linear(torch.ones(0, 4), torch.ones(3, 4)).shape == (0, 3)
