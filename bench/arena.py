@@ -203,7 +203,7 @@ def picture(done, out):
         speed = max(r["tok_s"] for r in results)
         label = f"{row}: {statistics.mean(r['val'] for r in results):.3f}"
         for result in results:
-            points = [(int(r["tokens"]), float(r["val"])) for r in rows_of(Path(result["path"])) if r["val"]]
+            points = [(int(r["tokens"]), float(r["val"])) for r in rows_of(result["path"]) if r["val"]]
             for axes, unit in zip(panels, (1e6, speed)):
                 axes.plot([t / unit for t, _ in points], [v for _, v in points], f"C{i}o-", markersize=3, linewidth=1.2, label=label)
             label = None  # one entry of the legend for all seeds

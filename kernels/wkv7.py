@@ -26,7 +26,8 @@ Saved for backward: the inputs and the state before each chunk (kernels: rounded
 it). A, its inverse and u are made again.
 Bytes, in bf16 at N = 64 and a token and head: 6 inputs and y are 896, which is the floor, the saved states 512: 1.6 times the
 floor forward; backward 13 tensors, 1664, and the states again: 1.3 times.
-In bf16 at N = 64 nothing spills on sm_89. Open: in fp32 there are 250 spill instructions forward, 260 backward.
+In bf16 at N = 64 nothing spills on sm_89. Open: in fp32 there are 250 spill instructions forward, 260 backward, and
+backward 6 in bf16 where N is padded (40).
 FLOPs: 8 N^2 + 20 L N a token and head forward, 2.5 times that backward; token by token it is 9 N^2, but no matrix products.
 """
 import os

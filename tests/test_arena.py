@@ -30,8 +30,11 @@ def test_sizes_agree(row):
 @pytest.mark.parametrize("row", arena.ROWS)
 def test_flags_are_known(row):
     """What a run passes is what the row's file takes."""
+    file, *own = arena.ROWS[row].split()
+    module = arena.load(file)
     for size in arena.SIZES:
-        _, cfg, _ = arena.model_of(row, f"{arena.SIZES['1M'][row]} {arena.TRAIN[size]}", vocab=65)
+        preset, given = module.parse([*own, *arena.SIZES[size][row].split(), *arena.TRAIN[size].split()])
+        cfg = module.Config(**preset | given)
         assert (cfg.optim, cfg.dtype) == ("adamw", "fp32") and cfg.batch * cfg.seq == 2048
 
 
@@ -70,7 +73,8 @@ def test_learn():
     assert 90_000 < count < 130_000
 
 
-def test_bad_input(capsys):
+def test_bad_input(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(arena, "ROOT", tmp_path)  # where nothing has run
     with pytest.raises(SystemExit) as e:
         arena.run("gpt2", "1M", 77, "shakespeare", seconds=5)
     assert e.value.code == 2 and "run it without --seconds first" in capsys.readouterr().err
