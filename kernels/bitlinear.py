@@ -54,6 +54,20 @@ def form(x):
 # ----- end -----
 
 
+# ----- product (shared) -----
+# A CPU's products in fp32 are MKL's, which runs its AVX2 code on AMD's CPUs; oneDNN has AVX-512 there (bench/RESULTS.md).
+CPU = getattr(torch.cpu, "get_capabilities", dict)()
+MKL_IS_SLOW = torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").startswith("AMD") and CPU.get("avx512_f", False)
+
+
+def product(x, w):
+    """x w^T, x (..., K), w (N, K) -> (..., N): the fast one, for use inside an autograd.Function (oneDNN's call has no gradient)."""
+    if MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return x @ w.t()
+# ----- end -----
+
+
 def quantize_weight_ref(w):
     """w (N, K) -> Wq (N, K) int8 of -1, 0, 1 and s, a scalar."""
     w = w.detach().to(torch.promote_types(w.dtype, torch.float32))
@@ -135,7 +149,7 @@ class BitLinear(torch.autograd.Function):
         whs = [quantize_weight_torch(w, scaled=True)[0].to(dtype) for w in weights]
         ctx.save_for_backward(x, g, rstd, xh, *whs)
         ctx.w_dtypes, ctx.shape = [w.dtype for w in weights], shape
-        return tuple(F.linear(xh, wh).view(*shape, -1) for wh in whs)
+        return tuple(product(xh, wh).view(*shape, -1) for wh in whs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -143,9 +157,9 @@ class BitLinear(torch.autograd.Function):
         x, g, rstd, xh, *whs = ctx.saved_tensors
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
         dws = [(dy.t() @ xh).to(dtype) for dy, dtype in zip(dys, ctx.w_dtypes)]
-        dh = dys[0] @ whs[0]
+        dh = product(dys[0], whs[0].t())
         for dy, wh in zip(dys[1:], whs[1:]):
-            dh.addmm_(dy, wh)
+            dh += product(dy, wh.t())
         # n = x rstd;  dg = sum over rows of dh n;  dx = rstd (dh g - n mean(dh g n))
         wide = rstd.dtype
         dh, xw = dh.to(wide), x.to(wide)

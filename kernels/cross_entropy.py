@@ -56,6 +56,20 @@ def form(x):
 # ----- end -----
 
 
+# ----- product (shared) -----
+# A CPU's products in fp32 are MKL's, which runs its AVX2 code on AMD's CPUs; oneDNN has AVX-512 there (bench/RESULTS.md).
+CPU = getattr(torch.cpu, "get_capabilities", dict)()
+MKL_IS_SLOW = torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").startswith("AMD") and CPU.get("avx512_f", False)
+
+
+def product(x, w):
+    """x w^T, x (..., K), w (N, K) -> (..., N): the fast one, for use inside an autograd.Function (oneDNN's call has no gradient)."""
+    if MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return x @ w.t()
+# ----- end -----
+
+
 CHUNK = 2**24  # logits that exist at once in the plain form: 64 MB in fp32, 333 rows of GPT-2's vocabulary
 WHOLE = 2**18  # logits up to which the plain form is F.cross_entropy(F.linear): 1 MB, where the two cross on a CPU
 SLICE = 2**25  # dlogits that exist at once in the Triton form: 64 MB in bf16
@@ -105,7 +119,7 @@ def chunked_loss(x, w, targets, ignore_index, z_loss, reduction, need_dx, need_d
     loss = 0
     for i in range(0, len(x), rows):
         x_c, t_c, unit_c = x[i:i + rows], picked[i:i + rows], unit[i:i + rows]
-        z = (x_c @ w16.T).to(dtype)                                         # (n, V)
+        z = product(x_c, w16).to(dtype)                                     # (n, V)
         top = z.amax(1, keepdim=True)                                       # (n, 1)
         z_t = z.sub_(top).gather(1, t_c)                                    # (n, 1): the target's logit, less top
         total = z.exp_().sum(1, keepdim=True)                               # (n, 1)
@@ -119,7 +133,7 @@ def chunked_loss(x, w, targets, ignore_index, z_loss, reduction, need_dx, need_d
         if need_dx or need_dw:
             d = z.mul_(scale).scatter_add_(1, t_c, -unit_c).to(x.dtype)
         if need_dx:
-            torch.mm(d, w16, out=dx[i:i + rows])
+            dx[i:i + rows] = product(d, w16.T)
         if need_dw and d.dtype == dtype:
             dw.addmm_(d.T, x_c)
         elif need_dw:

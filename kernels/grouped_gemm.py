@@ -49,6 +49,20 @@ def form(x):
 # ----- end -----
 
 
+# ----- product (shared) -----
+# A CPU's products in fp32 are MKL's, which runs its AVX2 code on AMD's CPUs; oneDNN has AVX-512 there (bench/RESULTS.md).
+CPU = getattr(torch.cpu, "get_capabilities", dict)()
+MKL_IS_SLOW = torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").startswith("AMD") and CPU.get("avx512_f", False)
+
+
+def product(x, w):
+    """x w^T, x (..., K), w (N, K) -> (..., N): the fast one, for use inside an autograd.Function (oneDNN's call has no gradient)."""
+    if MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return x @ w.t()
+# ----- end -----
+
+
 def expert_mlp_ref(x, w13, w2, chosen, weights, act="silu"):
     """The definition, one token at a time; fp32 inside, fp64 for fp64."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -71,12 +85,12 @@ ACT = {  # act(a), and out = g act'(a)
 
 
 class ExpertMLP(torch.autograd.Function):
-    """The plain form: per expert two products forward and four backward, on views of the sorted rows. In 16 bits each expert's rows
-    are filled up to a multiple of 32: oneDNN compiles a product for each new shape, which takes longer than the product."""
+    """The plain form: per expert two products forward and four backward, on views of the sorted rows. In 16 bits, and
+    where fp32 is oneDNN's, each expert's rows are filled up to a multiple of 32: it compiles a product for each new shape, which takes longer than the product."""
 
     @staticmethod
     def forward(ctx, x, w13, w2, chosen, weights, act):
-        (N, K), (E, C, f), unit = chosen.shape, w2.shape, 1 if x.dtype.itemsize > 2 else 32
+        (N, K), (E, C, f), unit = chosen.shape, w2.shape, 1 if x.dtype.itemsize > 2 and not MKL_IS_SLOW else 32
         counts = even(N * K, E) if fake(chosen) else chosen.flatten().bincount(minlength=E).tolist()
         sizes = [-(-n // unit) * unit for n in counts]
         starts = [sum(sizes[:e]) for e in range(E)]
@@ -87,8 +101,8 @@ class ExpertMLP(torch.autograd.Function):
         gu, y, fn = x.new_empty(len(token), 2 * f), x.new_empty(len(token), C), ACT[act][0]
         for e, (rows, gu_e, y_e) in enumerate(zip(*(t.split(sizes) for t in (token, gu, y)))):
             if sizes[e]:
-                torch.mm(x.index_select(0, rows), w13[e].t(), out=gu_e)
-                torch.mm(fn(gu_e[:, :f]).mul_(gu_e[:, f:]), w2[e].t(), out=y_e)
+                gu_e.copy_(product(x.index_select(0, rows), w13[e]))
+                y_e.copy_(product(fn(gu_e[:, :f]).mul_(gu_e[:, f:]), w2[e]))
         ctx.save_for_backward(x, w13, w2, weights, token, place, gu, y)
         ctx.sizes, ctx.act = sizes, act
         return combine_torch(y, place, weights)
@@ -108,12 +122,12 @@ class ExpertMLP(torch.autograd.Function):
             d, gate, up = dout.index_select(0, rows), gu_e[:, :f], gu_e[:, f:]
             torch.sum(d * y_e, 1, out=dp_e)
             d *= p_e                                                        # 0 where rows only fill up
-            dgu, dh, a = torch.empty_like(gu_e), d @ w2[e], fn(gate)        # (n, 2F), (n, F), (n, F)
+            dgu, dh, a = torch.empty_like(gu_e), product(d, w2[e].t()), fn(gate)        # (n, 2F), (n, F), (n, F)
             torch.mul(dh, a, out=dgu[:, f:])
             dfn(dh.mul_(up), gate, dgu[:, :f])
             torch.mm(d.t(), a.mul_(up), out=dw2[e])
             torch.mm(dgu.t(), x.index_select(0, rows), out=dw13[e])
-            torch.mm(dgu, w13[e], out=dx_e)
+            dx_e.copy_(product(dgu, w13[e].t()))
         return combine_torch(dx, place, None), dw13, dw2, None, dp[place].to(weights.dtype), None
 
 

@@ -266,36 +266,61 @@ def matmul(a, b):
     return matmul_op(a.reshape(math.prod(a.shape[:-1]), a.shape[-1]), b).view(*a.shape[:-1], b.shape[1])
 
 
-def onednn(x, w, b=None):
-    """x w^T + b by oneDNN, where PyTorch would take MKL: it has no gradient."""
+# ----- product (shared) -----
+# A CPU's products in fp32 are MKL's, which runs its AVX2 code on AMD's CPUs; oneDNN has AVX-512 there (bench/RESULTS.md).
+CPU = getattr(torch.cpu, "get_capabilities", dict)()
+MKL_IS_SLOW = torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").startswith("AMD") and CPU.get("avx512_f", False)
+
+
+def product(x, w):
+    """x w^T, x (..., K), w (N, K) -> (..., N): the fast one, for use inside an autograd.Function (oneDNN's call has no gradient)."""
+    if MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return x @ w.t()
+# ----- end -----
+
+
+if torch.backends.mkldnn.is_available():
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def onednn_flops(x, w, *_, **__):
+        return 2 * math.prod(x) * w[0]
+
+
+def onednn(x, w, b):
+    """x w^T + b by oneDNN: this call has no gradient."""
     return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
 
 
-class Frozen(torch.autograd.Function):
-    """x w^T for a w that is not trained."""
+class OneDNN(torch.autograd.Function):
+    """x w^T + b. y and dx by oneDNN; dw by MKL, which is as fast there."""
 
     @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(w)
-        return onednn(x, w)
+    def forward(ctx, x, w, b):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
+        return onednn(x, w, b)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        (w,) = ctx.saved_tensors
-        return onednn(dy, w.t()), None
+        (x, w), (need_x, need_w, need_b) = ctx.saved_tensors, ctx.needs_input_grad
+        dx = onednn(dy, w.t(), None) if need_x else None
+        dy = dy.reshape(-1, dy.shape[-1])
+        dw = None
+        if need_w:
+            x = x.reshape(-1, x.shape[-1])
+            dw = dy.t() @ x if w.is_contiguous() else (x.t() @ dy).t()  # laid out as w, whose .grad it becomes
+        return dx, dw, dy.sum(0) if need_b else None
 
 
 def rows(x, w, b):
-    """F.linear. In fp32 on a CPU by oneDNN, where that is the faster (bench/RESULTS.md): for a few rows without gradients, which is
-    what generation asks for, it reads the weights at up to twice MKL's rate; of frozen weights both products gain, x w^T and dy w
-    (that of a weight's gradient would lose)."""
-    fp32 = x.is_cpu and {x.dtype, w.dtype} == {torch.float32} and not torch.is_autocast_enabled("cpu")
-    if fp32 and x.numel() and torch.backends.mkldnn.is_available():
-        if not torch.is_grad_enabled() and x.numel() <= 16 * x.shape[-1]:
+    """F.linear. In fp32 on a CPU by oneDNN where MKL is slow, and for a few rows without gradients, which is what generation asks
+    for: there it reads the weights at up to twice MKL's rate."""
+    if x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel() and not torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+            return OneDNN.apply(x, w, b) if MKL_IS_SLOW else F.linear(x, w, b)
+        if MKL_IS_SLOW or torch.backends.mkldnn.is_available() and x.numel() <= 16 * x.shape[-1]:
             return onednn(x, w, b)
-        if torch.is_grad_enabled() and x.requires_grad and not w.requires_grad and b is None:
-            return Frozen.apply(x, w)
     return F.linear(x, w, b)
 
 

@@ -104,8 +104,10 @@ def test_cpu_is_exact(compiler, monkeypatch):
         assert torch.equal(L.packed_linear_torch(x, g, [(p, s.float())], 1e-5)[0], exact)
 
 
-def test_torch_form():
+@pytest.mark.parametrize("slow", [True, False])
+def test_torch_form(slow, monkeypatch):
     """The CPU's form equals the definition, gradients too; torch.compile takes it whole; autocast gives bf16, gradients in fp32."""
+    monkeypatch.setattr(L, "MKL_IS_SLOW", slow)  # oneDNN's products, or MKL's
     x, g, ws = inputs((2, 5), 40, [12, 20])
     for dtype, tol in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         args = [t.to(dtype).requires_grad_() for t in (x, g, *ws)]

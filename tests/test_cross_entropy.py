@@ -161,8 +161,10 @@ def test_compiles():
 # ---------------------------------------------------------------- the plain form
 @pytest.mark.parametrize("reduction, z_loss", [("mean", 0.0), ("sum", 0.0), ("mean", 0.05)])
 @pytest.mark.parametrize("rows", [0, 1, 4, 100])
-def test_torch_form(rows, reduction, z_loss, monkeypatch):
+@pytest.mark.parametrize("slow", [True, False])
+def test_torch_form(slow, rows, reduction, z_loss, monkeypatch):
     """Any chunk size (0: all logits at once), any incoming gradient; w fp32 beside bf16 x; no gradient asked for."""
+    monkeypatch.setattr(CE, "MKL_IS_SLOW", slow)  # oneDNN's products, or MKL's
     monkeypatch.setattr(CE, "CHUNK", 65 * rows)
     monkeypatch.setattr(CE, "WHOLE", 0 if rows else CE.WHOLE)
     op = lambda *args: CE.linear_cross_entropy(*args, ignore_index=-100, z_loss=z_loss, reduction=reduction)

@@ -238,7 +238,7 @@ class Products(torch.utils._python_dispatch.TorchDispatchMode):
         self.seen = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "aten" and func._schema.name.removeprefix("aten::") in self.NAMES:
+        if func.namespace == "mkldnn" or func.namespace == "aten" and func._schema.name.removeprefix("aten::") in self.NAMES:
             self.seen.add(func._schema.name)
         return func(*args, **(kwargs or {}))
 
@@ -248,13 +248,14 @@ def test_every_flop_in_our_kernels(monkeypatch):
     small = dict(B=2, T=16, heads=2, optim="adamw")
     with Products() as products:
         plain = overfit(gpt2, **small)
-    assert {"aten::addmm", "aten::mm", "aten::_fused_adamw_"} <= products.seen, "the check sees PyTorch's own"
     import kernels.adamw
     import kernels.attention
     import kernels.cross_entropy
     import kernels.matmul
     import kernels.norm
 
+    forward = "mkldnn::_linear_pointwise" if kernels.matmul.MKL_IS_SLOW else "aten::addmm"
+    assert {forward, "aten::mm", "aten::_fused_adamw_"} <= products.seen, "the check sees PyTorch's own"
     for op in (kernels.adamw, kernels.attention, kernels.cross_entropy, kernels.matmul, kernels.norm):
         monkeypatch.setattr(op, "KERNELS", "triton")
     with Products() as products:

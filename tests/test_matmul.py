@@ -77,15 +77,24 @@ def test_few_rows(n):
             assert (found - want).abs().max() < 1e-5 * want.abs().max()
 
 
-def test_frozen():
-    """A weight that is not trained, on a CPU: oneDNN's products forward and backward, F.linear's results up to rounding."""
-    x, w, dy = torch.randn(3, 50, 96, requires_grad=True), torch.randn(70, 96), torch.randn(3, 50, 70)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-        y = mm.linear(x, w)
-        (dx,) = torch.autograd.grad(y, x, dy)
-    assert sum(e.count for e in seen.key_averages() if "_linear_pointwise" in e.key) == 2
-    for found, want in ((y, x.double() @ w.double().t()), (dx, dy.double() @ w.double())):
-        assert (found - want).abs().max() < 1e-5 * want.abs().max()
+@pytest.mark.parametrize("trained", ["x", "w", "xw", "xwb"])
+def test_onednn(trained, monkeypatch):
+    """Where MKL is slow: oneDNN's products forward and for x, F.linear's results and gradients up to rounding, laid out as F.linear's."""
+    x, w, b, dy = torch.randn(3, 50, 96), torch.randn(70, 96), torch.randn(70), torch.randn(3, 50, 70)
+    for weight in (w, w.t().contiguous().t()):
+        leaves = dict(x=x.clone(), w=weight.detach(), b=b.clone() if "b" in trained else None)
+        given = [leaves[name].requires_grad_() for name in trained]
+        grads = {}
+        for slow in (True, False):
+            monkeypatch.setattr(mm, "MKL_IS_SLOW", slow)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+                y = mm.linear(*leaves.values())
+                grads[slow] = [y, *torch.autograd.grad(y, given, dy)]
+            count = sum(e.count for e in seen.key_averages() if "_linear_pointwise" in e.key)
+            assert count == slow * (1 + ("x" in trained))
+        for found, want in zip(grads[True], grads[False]):
+            assert found.shape == want.shape and found.stride() == want.stride()
+            assert (found - want).abs().max() < 1e-5 * want.abs().max()
 
 
 def test_empty():
