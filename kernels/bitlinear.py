@@ -68,6 +68,32 @@ def product(x, w):
 # ----- end -----
 
 
+# ----- c (shared) -----
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C here, which gcc or
+# clang turns into vectors, once in a process. Without a compiler, or with KERNELS_C=0, the plain form in PyTorch serves.
+@functools.cache
+def compiled(source):
+    """The C source as a library, or None where there is no compiler. Its loops run on PyTorch's OpenMP threads: those are loaded already."""
+    cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if not cc or os.environ.get("KERNELS_C") == "0":
+        return None
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            Path(tmp, "c.c").write_text(source)
+            subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
+            return ctypes.CDLL(str(Path(tmp, "c.so")))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def call(function, *args):
+    """function(*args): contiguous tensors (or None) as pointers, numbers as int64. Fake tensors, which only have a shape, are left alone."""
+    if not any(isinstance(a, torch._subclasses.FakeTensor) for a in args):
+        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr()) for a in args))
+# ----- end -----
+
+
 def quantize_weight_ref(w):
     """w (N, K) -> Wq (N, K) int8 of -1, 0, 1 and s, a scalar."""
     w = w.detach().to(torch.promote_types(w.dtype, torch.float32))
@@ -173,14 +199,14 @@ class BitLinear(torch.autograd.Function):
 def packed_linear_torch(x, g, packs, eps):
     dtype, shape = out_dtype(x), x.shape[:-1]
     xq, a_inv, _ = quantize_torch(x.reshape(-1, x.shape[-1]), g, eps)  # (M, K)
-    few = compiled_c() if len(xq) <= 8 and x.device.type == "cpu" else None
+    few = compiled(SOURCE) if len(xq) <= 8 and x.device.type == "cpu" else None
     bytes_ = xq.to(torch.int8) if few else None
     out = []
     for packed, s in packs:
         (R, K), M = packed.shape, len(xq)
         y = torch.empty(M, 4 * R, dtype=torch.float32 if few else xq.dtype, device=x.device)
         if few:
-            few(*(t.data_ptr() for t in (packed, bytes_, y)), R, K, M)
+            call(few.product, packed, bytes_, y, R, K, M)
         else:  # 256 rows of bytes at a time, which are four times 256 rows of W
             for r in range(0, R, 256):
                 part = packed[r : r + 256]
@@ -192,7 +218,7 @@ def packed_linear_torch(x, g, packs, eps):
 
 # y[m, r + j R] = sum over k of x[m, k] (w - 1), w two bits of p[r, k]: w is summed, and the sum of x taken off at the end. Plain C that
 # gcc and clang turn into vectors: 16-bit products, added in pairs to 32 bits.
-C = r"""
+SOURCE = r"""
 #include <stdint.h>
 void product(const uint8_t *p, const int8_t *x, float *y, int64_t R, int64_t K, int64_t M) {
     for (int64_t m = 0; m < M; m++) {
@@ -217,24 +243,6 @@ void product(const uint8_t *p, const int8_t *x, float *y, int64_t R, int64_t K, 
     }
 }
 """
-
-
-@functools.cache
-def compiled_c():
-    """The function above, or None where there is no C compiler. Its loop runs on PyTorch's OpenMP threads: the library is loaded already."""
-    cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
-    if not cc or os.environ.get("KERNELS_C") == "0":
-        return None
-    flags = ["-O3", "-march=native", "-shared", "-fPIC", "-fopenmp"]
-    try:
-        with tempfile.TemporaryDirectory() as tmp:
-            Path(tmp, "c.c").write_text(C)
-            subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
-            f = ctypes.CDLL(str(Path(tmp, "c.so"))).product
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    f.argtypes, f.restype = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3, None
-    return f
 
 
 # ---------------------------------------------------------------- Triton

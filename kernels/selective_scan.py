@@ -19,10 +19,20 @@ Bytes: (B, T, E, N) is never in memory. Forward reads and writes each tensor onc
 (N = 16, bf16: 1/8 of the floor). Backward reads those, and writes what each block of 64 channels has of dB and dC, which PyTorch
 adds up in a fixed order: results repeat bit for bit. The rows of B and C that all blocks read come from the L2 cache.
 FLOPs: about 6 an element of the state forward, 22 backward, and 2 exponentials there: no matrix product, so no tensor cores.
+
+CPU: the recurrence as a loop in C, 16 channels at once (CompiledScan); without a compiler, in fp64, and under torch.compile, chunks of 8
+tokens in PyTorch's operations (SelectiveScan).
 """
+import ctypes
+import functools
 import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 # ----- dispatch (shared) -----
 try:
@@ -42,11 +52,37 @@ def form(x):
 # ----- end -----
 
 
+# ----- c (shared) -----
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C here, which gcc or
+# clang turns into vectors, once in a process. Without a compiler, or with KERNELS_C=0, the plain form in PyTorch serves.
+@functools.cache
+def compiled(source):
+    """The C source as a library, or None where there is no compiler. Its loops run on PyTorch's OpenMP threads: those are loaded already."""
+    cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if not cc or os.environ.get("KERNELS_C") == "0":
+        return None
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            Path(tmp, "c.c").write_text(source)
+            subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
+            return ctypes.CDLL(str(Path(tmp, "c.so")))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def call(function, *args):
+    """function(*args): contiguous tensors (or None) as pointers, numbers as int64. Fake tensors, which only have a shape, are left alone."""
+    if not any(isinstance(a, torch._subclasses.FakeTensor) for a in args):
+        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr()) for a in args))
+# ----- end -----
+
+
 def selective_scan_ref(u, dt, A, B, C, D=None, z=None, dt_bias=None, initial=None):
     """The definition, one step of time after the other; fp32 inside, fp64 for fp64."""
     dtype = torch.promote_types(u.dtype, torch.float32)
     x, dt, A, B, C = (t.to(dtype) for t in (u, dt, A, B, C))
-    delta = torch.nn.functional.softplus(dt if dt_bias is None else dt + dt_bias)  # (B, T, E)
+    delta = F.softplus(dt if dt_bias is None else dt + dt_bias)  # (B, T, E)
     s = x.new_zeros(x.shape[0], *A.shape) if initial is None else initial.to(dtype)  # (B, E, N)
     y = []
     for t in range(x.shape[1]):
@@ -56,7 +92,7 @@ def selective_scan_ref(u, dt, A, B, C, D=None, z=None, dt_bias=None, initial=Non
     if D is not None:
         y = y + D * x
     if z is not None:
-        y = y * torch.nn.functional.silu(z.to(dtype))
+        y = y * F.silu(z.to(dtype))
     return y.to(u.dtype), s
 
 
@@ -85,7 +121,7 @@ class SelectiveScan(torch.autograd.Function):
         (batch, T, E), N = u.shape, A.shape[1]
         dtype = torch.promote_types(u.dtype, torch.float32)
         dt = dt.to(dtype)
-        delta = torch.nn.functional.softplus(dt if dt_bias is None else dt + dt_bias)  # (B, T, E)
+        delta = F.softplus(dt if dt_bias is None else dt + dt_bias)  # (B, T, E)
         A2 = A.to(dtype).t().contiguous() * LOG2E  # (N, E); exp(x) = exp2(x log2 e): PyTorch's exp2 is the faster
         a, s = delta.new_empty(CHUNK, batch, N, E), delta.new_empty(CHUNK + 1, batch, N, E)
         states = delta.new_empty(-(-T // CHUNK), batch, N, E)
@@ -102,7 +138,7 @@ class SelectiveScan(torch.autograd.Function):
                 if D is not None:
                     out.addcmul_(x, D)
                 if z is not None:
-                    out.mul_(torch.nn.functional.silu(g))
+                    out.mul_(F.silu(g))
                 y[:, i:i + CHUNK] = out.transpose(0, 1)
         ctx.save_for_backward(u, delta, A, B, C, D, z, states)
         ctx.optional = dt_bias is not None, initial is not None
@@ -136,7 +172,7 @@ class SelectiveScan(torch.autograd.Function):
                     if D is not None:
                         out.addcmul_(x, D)
                     dz[:, i:i + CHUNK] = torch.ops.aten.silu_backward(out.mul_(do), g).transpose(0, 1)
-                    do = do * torch.nn.functional.silu(g)
+                    do = do * F.silu(g)
                 # g_t = dL/ds_t = C_t dy_t + a_{t+1} g_{t+1}, here in h
                 torch.mul(do[:, :, None], c[..., None], out=h_)
                 *before, after = h_.unbind(0)
@@ -163,6 +199,200 @@ class SelectiveScan(torch.autograd.Function):
         bias, initial = ctx.optional
         return (du, ddt, dA.t(), dB, dC, dD if D is not None else None, dz, ddt.sum((0, 1)) if bias else None,
                 G.transpose(1, 2) if initial else None)
+
+
+# The recurrence as it is written at the top, for V channels at once, whose N states lie next to each other. Kept: the state before every
+# Q tokens. Backward takes those Q tokens from the last to the first: makes their states again, then goes back through them; what a
+# token's B and C collect from all channels is summed per lane until the Q tokens are done, and per thread until the call is: results
+# repeat bit for bit on the same number of threads.
+V, Q = 16, 32
+SOURCE = f"enum {{ V = {V}, Q = {Q} }};" + r"""
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+typedef int64_t num;
+static const float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+
+static inline float ex2(float x) {  /* 2^x: a polynomial for the fraction, the exponent's bits for the rest */
+    x = x < -126 ? -126 : x > 126 ? 126 : x;
+    float n = rintf(x), f = x - n, power;
+    float p = 1.54353e-4f * f + 1.3333558e-3f;
+    p = ((((p * f + 9.6181291e-3f) * f + 5.5504109e-2f) * f + 2.4022651e-1f) * f + LN2) * f + 1;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    memcpy(&power, &bits, 4);
+    return p * power;
+}
+
+static void load(const float *from, float *to, num m) {
+    for (num l = 0; l < V; l++) to[l] = 0;
+    memcpy(to, from, 4 * m);
+}
+
+void forward(const float *u, const float *d, const float *A, const float *B, const float *C, const float *D, const float *z, float *y,
+             float *states, float *state, num batch, num T, num E, num N, num u_b, num u_t, num z_b, num z_t) {
+    num blocks = (E + V - 1) / V, chunks = (T + Q - 1) / Q;
+    #pragma omp parallel for schedule(static) if (batch * T * E * N > 32768)
+    for (num i = 0; i < batch * blocks; i++) {
+        num b = i / blocks, e = i % blocks * V, m = E - e < V ? E - e : V;
+        float a2[N][V], s[N][V], skip[V], x[V], dt[V], dx[V], o[V], gate[V];
+        memset(a2, 0, sizeof a2), memset(s, 0, sizeof s), memset(skip, 0, sizeof skip);
+        for (num l = 0; l < m; l++) {
+            if (D) skip[l] = D[e + l];
+            for (num n = 0; n < N; n++) a2[n][l] = A[(e + l) * N + n] * LOG2E, s[n][l] = state[(b * E + e + l) * N + n];
+        }
+        for (num t = 0; t < T; t++) {
+            if (t % Q == 0)
+                for (num n = 0; n < N; n++) memcpy(states + ((b * chunks + t / Q) * N + n) * E + e, s[n], 4 * m);
+            const float *b_t = B + (b * T + t) * N, *c_t = C + (b * T + t) * N;
+            load(u + b * u_b + t * u_t + e, x, m), load(d + (b * T + t) * E + e, dt, m);
+            for (num l = 0; l < V; l++) dx[l] = dt[l] * x[l], o[l] = skip[l] * x[l];
+            for (num n = 0; n < N; n++)
+                for (num l = 0; l < V; l++) {
+                    s[n][l] = ex2(dt[l] * a2[n][l]) * s[n][l] + dx[l] * b_t[n];
+                    o[l] += c_t[n] * s[n][l];
+                }
+            if (z) {
+                load(z + b * z_b + t * z_t + e, gate, m);
+                for (num l = 0; l < V; l++) o[l] *= gate[l] / (1 + ex2(-LOG2E * gate[l]));
+            }
+            memcpy(y + (b * T + t) * E + e, o, 4 * m);
+        }
+        for (num l = 0; l < m; l++)
+            for (num n = 0; n < N; n++) state[(b * E + e + l) * N + n] = s[n][l];
+    }
+}
+
+/* g: dL/dfinal before, dL/dinitial after. dB, dC: (threads, batch, T, N). dd: dL/dd. dA, dD are added to. */
+void backward(const float *u, const float *d, const float *A, const float *B, const float *C, const float *D, const float *z,
+              const float *states, const float *dy, float *du, float *dd, float *dA, float *dB, float *dC, float *dD, float *dz,
+              float *g, num batch, num T, num E, num N, num u_b, num u_t, num z_b, num z_t, num threads) {
+    num blocks = (E + V - 1) / V, chunks = (T + Q - 1) / Q;
+    #pragma omp parallel num_threads(threads)
+    {
+        num k = omp_get_thread_num();
+        float (*s)[N][V] = malloc((4 * Q + 1) * N * V * 4), (*a)[N][V] = s + Q + 1, (*sB)[N][V] = a + Q, (*sC)[N][V] = sB + Q;
+        for (num b = 0; b < batch; b++)
+            for (num c = chunks - 1; c >= 0; c--) {
+                num first = c * Q, count = T - first < Q ? T - first : Q;
+                memset(sB, 0, 2 * Q * N * V * 4);
+                for (num e = blocks * k / threads * V; e < blocks * (k + 1) / threads * V; e += V) {
+                    num m = E - e < V ? E - e : V;
+                    float a2[N][V], G[N][V], sA[N][V], skip[V], sD[V], x[V], dt[V], dx[V], o[V], q[V], r[V], gate[V], y[Q][V];
+                    memset(a2, 0, sizeof a2), memset(G, 0, sizeof G), memset(sA, 0, sizeof sA);
+                    memset(skip, 0, sizeof skip), memset(sD, 0, sizeof sD);
+                    for (num l = 0; l < m; l++) {
+                        if (D) skip[l] = D[e + l];
+                        for (num n = 0; n < N; n++) a2[n][l] = A[(e + l) * N + n] * LOG2E, G[n][l] = g[(b * E + e + l) * N + n];
+                    }
+                    for (num n = 0; n < N; n++) load(states + ((b * chunks + c) * N + n) * E + e, s[0][n], m);
+                    for (num t = 0; t < count; t++) {
+                        const float *b_t = B + (b * T + first + t) * N, *c_t = C + (b * T + first + t) * N;
+                        load(u + b * u_b + (first + t) * u_t + e, x, m), load(d + (b * T + first + t) * E + e, dt, m);
+                        for (num l = 0; l < V; l++) dx[l] = dt[l] * x[l], y[t][l] = skip[l] * x[l];
+                        for (num n = 0; n < N; n++)
+                            for (num l = 0; l < V; l++) {
+                                a[t][n][l] = ex2(dt[l] * a2[n][l]);
+                                s[t + 1][n][l] = a[t][n][l] * s[t][n][l] + dx[l] * b_t[n];
+                                y[t][l] += c_t[n] * s[t + 1][n][l];
+                            }
+                    }
+                    for (num t = count - 1; t >= 0; t--) {
+                        const float *b_t = B + (b * T + first + t) * N, *c_t = C + (b * T + first + t) * N;
+                        num at = (b * T + first + t) * E + e;
+                        load(u + b * u_b + (first + t) * u_t + e, x, m), load(d + at, dt, m), load(dy + at, o, m);
+                        if (z) {
+                            load(z + b * z_b + (first + t) * z_t + e, gate, m);
+                            for (num l = 0; l < V; l++) {
+                                float p = 1 / (1 + ex2(-LOG2E * gate[l])), slope = p * (1 + gate[l] * (1 - p));
+                                y[t][l] *= o[l] * slope;
+                                o[l] *= gate[l] * p;
+                            }
+                            memcpy(dz + at, y[t], 4 * m);
+                        }
+                        for (num l = 0; l < V; l++) dx[l] = dt[l] * x[l], q[l] = r[l] = 0;
+                        for (num n = 0; n < N; n++)
+                            for (num l = 0; l < V; l++) {
+                                float g_t = c_t[n] * o[l] + G[n][l], w = a[t][n][l] * g_t;
+                                sC[t][n][l] += o[l] * s[t + 1][n][l];
+                                sB[t][n][l] += dx[l] * g_t;
+                                q[l] += b_t[n] * g_t;
+                                G[n][l] = w;
+                                w *= s[t][n][l];
+                                r[l] += a2[n][l] * w;
+                                sA[n][l] += dt[l] * w;
+                            }
+                        for (num l = 0; l < V; l++) {
+                            sD[l] += x[l] * o[l];
+                            o[l] = dt[l] * q[l] + skip[l] * o[l];
+                            q[l] = x[l] * q[l] + LN2 * r[l];
+                        }
+                        memcpy(du + at, o, 4 * m), memcpy(dd + at, q, 4 * m);
+                    }
+                    for (num l = 0; l < m; l++) {
+                        if (D) dD[e + l] += sD[l];
+                        for (num n = 0; n < N; n++) g[(b * E + e + l) * N + n] = G[n][l], dA[(e + l) * N + n] += sA[n][l];
+                    }
+                }
+                for (num t = 0; t < count; t++)
+                    for (num n = 0; n < N; n++) {
+                        float totalB = 0, totalC = 0;
+                        for (num l = 0; l < V; l++) totalB += sB[t][n][l], totalC += sC[t][n][l];
+                        dB[((k * batch + b) * T + first + t) * N + n] = totalB;
+                        dC[((k * batch + b) * T + first + t) * N + n] = totalC;
+                    }
+            }
+        free(s);
+    }
+}
+"""
+
+
+def dense(t, dtype):
+    """t in this dtype, its last dimension contiguous; None stays None."""
+    t = None if t is None else t.to(dtype)
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+class CompiledScan(torch.autograd.Function):
+    """The C form, in fp32."""
+
+    @staticmethod
+    def inputs(u, delta, A, B, C, D, z):
+        u, z = dense(u, torch.float32), dense(z, torch.float32)
+        A, B, C, D = (None if t is None else t.to(torch.float32).contiguous() for t in (A, B, C, D))
+        return (u, delta, A, B, C, D, z), (*u.shape, A.shape[1], *u.stride()[:2], *((0, 0) if z is None else z.stride()[:2]))
+
+    @staticmethod
+    def forward(ctx, u, dt, A, B, C, D, z, dt_bias, initial):
+        (batch, T, E), N = u.shape, A.shape[1]
+        dt = dt.float()
+        delta = F.softplus(dt if dt_bias is None else dt + dt_bias)  # (B, T, E)
+        final = delta.new_zeros(batch, E, N) if initial is None else initial.to(delta.dtype, copy=True).contiguous()
+        y, states = torch.empty_like(delta), delta.new_empty(batch, -(-T // Q), N, E)
+        tensors, sizes = CompiledScan.inputs(u, delta, A, B, C, D, z)
+        call(compiled(SOURCE).forward, *tensors, y, states, final, *sizes)
+        ctx.save_for_backward(u, delta, A, B, C, D, z, states)
+        ctx.optional = dt_bias is not None, initial is not None
+        ctx.set_materialize_grads(False)  # an unused final brings no gradient
+        return y.to(u.dtype), final
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dfinal):
+        *saved, states = ctx.saved_tensors
+        (tensors, sizes), (u, delta, A, _, _, D, z) = CompiledScan.inputs(*saved), saved
+        (batch, T, E), N = u.shape, A.shape[1]
+        dy = torch.zeros_like(delta) if dy is None else dy.to(delta.dtype).contiguous()
+        g = delta.new_zeros(batch, E, N) if dfinal is None else dfinal.to(delta.dtype, copy=True).contiguous()
+        du, ddt, dz = torch.empty_like(delta), torch.empty_like(delta), None if z is None else torch.empty_like(delta)
+        threads = min(torch.get_num_threads(), -(-E // V))
+        dA, dB, dC, dD = delta.new_zeros(E, N), *delta.new_empty(2, threads, batch, T, N), None if D is None else delta.new_zeros(E)
+        call(compiled(SOURCE).backward, *tensors, states, dy, du, ddt, dA, dB, dC, dD, dz, g, *sizes, threads)
+        ddt *= torch.expm1(-delta).neg_()  # softplus'(v) = sigmoid(v) = 1 - exp(-softplus(v)), and delta is the softplus
+        bias, initial = ctx.optional
+        return (du.to(u.dtype), ddt, dA, dB.sum(0), dC.sum(0), dD, dz, ddt.sum((0, 1)) if bias else None, g if initial else None)
 
 
 if triton is not None:
@@ -413,4 +643,6 @@ def selective_scan(u, dt, A, B, C, D=None, z=None, dt_bias=None, initial=None):
     which = form(u)
     if which == "triton":
         return scan_op(u, dt, A, B, C, D, z, dt_bias, initial)[:2]
+    if which == "torch" and u.is_cpu and u.dtype != torch.float64 and not torch.compiler.is_compiling() and compiled(SOURCE):
+        return CompiledScan.apply(u, dt, A, B, C, D, z, dt_bias, initial)
     return (selective_scan_ref if which == "ref" else SelectiveScan.apply)(u, dt, A, B, C, D, z, dt_bias, initial)
