@@ -29,8 +29,17 @@ floor forward; backward 13 tensors, 1664, and the states again: 1.3 times.
 In bf16 at N = 64 nothing spills on sm_89. Open: in fp32 there are 250 spill instructions forward, 260 backward, and
 backward 6 in bf16 where N is padded (40).
 FLOPs: 8 N^2 + 20 L N a token and head forward, 2.5 times that backward; token by token it is 9 N^2, but no matrix products.
+
+CPU: token by token as a loop in C, whose state stays in the cache (CompiledWKV7), a third of the chunks' time; without a compiler, in fp64,
+and under torch.compile, the chunks in PyTorch's products (WKV7).
 """
+import ctypes
+import functools
 import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -49,6 +58,32 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+# ----- end -----
+
+
+# ----- c (shared) -----
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C here, which gcc or
+# clang turns into vectors, once in a process. Without a compiler, or with KERNELS_C=0, the plain form in PyTorch serves.
+@functools.cache
+def compiled(source):
+    """The C source as a library, or None where there is no compiler. Its loops run on PyTorch's OpenMP threads: those are loaded already."""
+    cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if not cc or os.environ.get("KERNELS_C") == "0":
+        return None
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            Path(tmp, "c.c").write_text(source)
+            subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
+            return ctypes.CDLL(str(Path(tmp, "c.so")))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def call(function, *args):
+    """function(*args): contiguous tensors (or None) as pointers, numbers as int64. Fake tensors, which only have a shape, are left alone."""
+    if not any(isinstance(a, torch._subclasses.FakeTensor) for a in args):
+        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr()) for a in args))
 # ----- end -----
 
 
@@ -177,20 +212,167 @@ class WKV7(torch.autograd.Function):
         return *grads, dS.view(B, H, N, N) if ctx.has_initial else None
 
 
-def one_token(r, w, k, v, a, b, S):
-    """The definition for T = 1, in few operators: S diag(e^w) + [u, v] [b, k]^T with u = S a."""
-    B, _, H, N = r.shape
-    r, w, k, v, a, b = (x.to(S.dtype).reshape(B * H, N) for x in (r, w, k, v, a, b))
-    S = S.reshape(B * H, N, N)
-    uv = torch.cat([S @ a[:, :, None], v[:, :, None]], 2)  # (B H, N, 2)
-    S = torch.baddbmm(S * w.exp()[:, None], uv, torch.stack([b, k], 1))
-    return (S @ r[:, :, None]).view(B, 1, H, N), S.view(B, H, N, N)
+Q = 32  # tokens from one saved state to the next in the form below
+SOURCE = r"""
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+enum { M = (N + 15) / 16, P = 16 * M, ROWS = 16 };
+typedef int64_t num;
+typedef float vec __attribute__((vector_size(64))), half __attribute__((vector_size(32))), quarter __attribute__((vector_size(16)));
+
+static inline float sum(vec x) {
+    half h[2];
+    memcpy(h, &x, 64);
+    h[0] += h[1];
+    quarter q[2];
+    memcpy(q, h, 32);
+    q[0] += q[1];
+    return q[0][0] + q[0][1] + (q[0][2] + q[0][3]);
+}
+
+static inline void load(const float *from, vec *to) {
+    to[M - 1] = (vec){0};
+    memcpy(to, from, 4 * N);
+}
+
+/* d: e^w. s holds S transposed: a row is a key, lanes are values, so that S a and S r are sums of rows. */
+void forward(const float *r, const float *d, const float *k, const float *v, const float *a, const float *b, float *y, float *states,
+             float *state, num B, num T, num H) {
+    num chunks = (T + Q - 1) / Q;
+    #pragma omp parallel for schedule(static) if (B * H * T > 8)
+    for (num i = 0; i < B * H; i++) {
+        vec s[N][M];
+        float *at_start = state + i * N * N;
+        memset(s, 0, sizeof s);
+        for (num row = 0; row < N; row++)
+            for (num j = 0; j < N; j++) ((float *)s[j])[row] = at_start[row * N + j];
+        for (num t = 0; t < T; t++) {
+            num at = ((i / H * T + t) * H + i % H) * N;
+            if (t % Q == 0 && states) memcpy(states + (i * chunks + t / Q) * N * P, s, sizeof s);
+            vec u[M] = {0}, y_t[M] = {0}, v_t[M];
+            load(v + at, v_t);
+            for (num j = 0; j < N; j++)
+                for (num m = 0; m < M; m++) u[m] += s[j][m] * a[at + j];
+            for (num j = 0; j < N; j++)
+                for (num m = 0; m < M; m++) {
+                    s[j][m] = s[j][m] * d[at + j] + u[m] * b[at + j] + v_t[m] * k[at + j];
+                    y_t[m] += s[j][m] * r[at + j];
+                }
+            memcpy(y + at, y_t, 4 * N);
+        }
+        for (num row = 0; row < N; row++)
+            for (num j = 0; j < N; j++) at_start[row * N + j] = ((float *)s[j])[row];
+    }
+}
+
+/* g: dL/dfinal before, dL/dinitial after; R is dL/dS. Here a row is a value, lanes are keys: five of six gradients are sums of rows.
+   With dy and r:  R += dy r^T;   du = R b,  dv = R k,  dr = S^T dy,  db = R^T u,  dk = R^T v,  dd = rows of R S_before,
+   da = S_before^T du,   and on to the token before:  R = R diag(d) + du a^T */
+void backward(const float *r, const float *d, const float *k, const float *v, const float *a, const float *b, const float *states,
+              const float *dy, float *dr, float *dd, float *dk, float *dv, float *da, float *db, float *g, num B, num T, num H) {
+    num chunks = (T + Q - 1) / Q;
+    #pragma omp parallel for schedule(static)
+    for (num i = 0; i < B * H; i++) {
+        vec R[N][M], sums[Q][5][M], (*s)[ROWS][M] = aligned_alloc(64, (Q + 1) * sizeof *s);
+        float u[Q][ROWS];
+        for (num row = 0; row < N; row++) load(g + (i * N + row) * N, R[row]);
+        for (num c = chunks - 1; c >= 0; c--) {
+            num first = c * Q, count = T - first < Q ? T - first : Q;
+            memset(sums, 0, sizeof sums);
+            for (num top = 0; top < N; top += ROWS) {  /* ROWS values at a time: Q states of so many stay in the cache */
+                num rows = N - top < ROWS ? N - top : ROWS;
+                memset(s[0], 0, sizeof s[0]);
+                for (num j = 0; j < N; j++)
+                    for (num row = 0; row < rows; row++) ((float *)s[0][row])[j] = states[((i * chunks + c) * N + j) * P + top + row];
+                for (num t = 0; t < count; t++) {
+                    num at = ((i / H * T + first + t) * H + i % H) * N;
+                    vec d_t[M], k_t[M], a_t[M], b_t[M];
+                    load(d + at, d_t), load(k + at, k_t), load(a + at, a_t), load(b + at, b_t);
+                    for (num row = 0; row < rows; row++) {
+                        vec p = {0}, *old = s[t][row], *new = s[t + 1][row];
+                        for (num m = 0; m < M; m++) p += old[m] * a_t[m];
+                        float u_t = u[t][row] = sum(p), v_t = v[at + top + row];
+                        for (num m = 0; m < M; m++) new[m] = old[m] * d_t[m] + u_t * b_t[m] + v_t * k_t[m];
+                    }
+                }
+                for (num t = count - 1; t >= 0; t--) {
+                    num at = ((i / H * T + first + t) * H + i % H) * N;
+                    vec r_t[M], d_t[M], k_t[M], a_t[M], b_t[M], o[5][M];
+                    load(r + at, r_t), load(d + at, d_t), load(k + at, k_t), load(a + at, a_t), load(b + at, b_t);
+                    memcpy(o, sums[t], sizeof o);
+                    for (num row = 0; row < rows; row++) {
+                        vec x[M], pu = {0}, pv = {0}, *old = s[t][row], *new = s[t + 1][row];
+                        float o_t = dy[at + top + row], u_t = u[t][row], v_t = v[at + top + row];
+                        for (num m = 0; m < M; m++) {
+                            x[m] = R[top + row][m] + o_t * r_t[m];
+                            pu += x[m] * b_t[m];
+                            pv += x[m] * k_t[m];
+                            o[0][m] += new[m] * o_t;
+                            o[1][m] += x[m] * old[m];
+                            o[2][m] += x[m] * v_t;
+                            o[4][m] += x[m] * u_t;
+                        }
+                        float du = sum(pu);
+                        dv[at + top + row] = sum(pv);
+                        for (num m = 0; m < M; m++) {
+                            o[3][m] += old[m] * du;
+                            R[top + row][m] = x[m] * d_t[m] + du * a_t[m];
+                        }
+                    }
+                    memcpy(sums[t], o, sizeof o);
+                }
+            }
+            float *out[5] = {dr, dd, dk, da, db};
+            for (num t = 0; t < count; t++)
+                for (num n = 0; n < 5; n++) memcpy(out[n] + ((i / H * T + first + t) * H + i % H) * N, sums[t][n], 4 * N);
+        }
+        for (num row = 0; row < N; row++) memcpy(g + (i * N + row) * N, R[row], 4 * N);
+        free(s);
+    }
+}
+"""
+
+
+@functools.cache
+def library(N):
+    """The C code for heads of N channels: with N known, a token's sums stay in registers."""
+    return compiled(f"enum {{ N = {N}, Q = {Q} }};" + SOURCE)
+
+
+class CompiledWKV7(torch.autograd.Function):
+    """The recurrence as it is written at the top, in fp32; kept: the state before every Q tokens, which backward goes through again."""
+
+    @staticmethod
+    def forward(ctx, r, w, k, v, a, b, initial):
+        B, T, H, N = r.shape
+        f = [x.float().contiguous() for x in (r, w, k, v, a, b)]
+        f[1] = f[1].exp()
+        S = f[0].new_zeros(B, H, N, N) if initial is None else initial.to(torch.float32, copy=True).contiguous()
+        keep = any(ctx.needs_input_grad)
+        y, states = torch.empty_like(f[0]), f[0].new_empty(B, H, -(-T // Q), N, -(-N // 16) * 16) if keep else None
+        call(library(N).forward, *f, y, states, S, B, T, H)
+        ctx.save_for_backward(*f, states)
+        ctx.dtype, ctx.has_initial = r.dtype, initial is not None
+        ctx.set_materialize_grads(False)  # an unused final state brings no gradient
+        return y.to(r.dtype), S
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dfinal):
+        *f, states = ctx.saved_tensors
+        (B, T, H, N), decay = f[0].shape, f[1]
+        dy = torch.zeros_like(decay) if dy is None else dy.float().contiguous()
+        g = decay.new_zeros(B, H, N, N) if dfinal is None else dfinal.to(torch.float32, copy=True).contiguous()
+        grads = [torch.empty_like(x) for x in f]
+        call(library(N).backward, *f, states, dy, *grads, g, B, T, H)
+        grads[1] *= decay
+        return *(x.to(ctx.dtype) for x in grads), g if ctx.has_initial else None
 
 
 def wkv7_torch(r, w, k, v, a, b, initial=None):
-    if r.shape[1] == 1 and initial is not None and not torch.is_grad_enabled():  # generation
-        y, S = one_token(r, w, k, v, a, b, initial.to(torch.promote_types(r.dtype, torch.float32)))
-        return y.to(r.dtype), S
+    if r.is_cpu and r.dtype != torch.float64 and not torch.compiler.is_compiling() and library(r.shape[-1]):
+        return CompiledWKV7.apply(r, w, k, v, a, b, initial)
     return WKV7.apply(r, w, k, v, a, b, initial)
 
 
