@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-VOCAB = 128  # keys are the first half of the ids, values the second
+VOCAB = 32  # keys are the first half of the ids, values the second
 
 
 def examples(rng, n, pairs):

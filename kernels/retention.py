@@ -28,10 +28,19 @@ backward (dq, dk, dv: three launches of the same kernel) each input once a launc
 (7 at V = 432) read x and y each, from the cache: they run side by side.
 FLOPs: 2 T (c K + c V + 2 K V) a head forward, three times that backward; the products with the c x c matrices are computed whole.
 
+CPU, fp32: token by token as a loop in C, backward too, half of the chunks' time (CompiledRetention); in 16 bits, in fp64, under
+torch.compile and without a compiler the chunks, in PyTorch's products (Retention).
+
 gated_norm: y = silu(z) * o r,  r = 1 / sqrt(mean(o^2) + eps) over the last dimension (eq. 8's group norm, per head).
     with s = silu(z), u = o r:  do = r (dy s - u mean(dy s u)),  dz = dy u silu'(z). Only o and z are saved; 3 + 5 passes, the floor.
 """
+import ctypes
+import functools
 import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -50,6 +59,32 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+# ----- end -----
+
+
+# ----- c (shared) -----
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C here, which gcc or
+# clang turns into vectors, once in a process. Without a compiler, or with KERNELS_C=0, the plain form in PyTorch serves.
+@functools.cache
+def compiled(source):
+    """The C source as a library, or None where there is no compiler. Its loops run on PyTorch's OpenMP threads: those are loaded already."""
+    cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if not cc or os.environ.get("KERNELS_C") == "0":
+        return None
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            Path(tmp, "c.c").write_text(source)
+            subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
+            return ctypes.CDLL(str(Path(tmp, "c.so")))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def call(function, *args):
+    """function(*args): contiguous tensors (or None) as pointers, numbers as int64. Fake tensors, which only have a shape, are left alone."""
+    if not any(isinstance(a, torch._subclasses.FakeTensor) for a in args):
+        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr()) for a in args))
 # ----- end -----
 
 
@@ -167,7 +202,91 @@ class Retention(torch.autograd.Function):
         return dq[:, :T], dk[:, :T], dv[:, :T], None, dinitial
 
 
+# The recurrence as it is written at the top, W columns of S at once; or from the last token to the first, S_t = e^a S_{t+1} + k_t^T v_t.
+# Gradients are such scans too, with R = dL/dS, and S turned where v is on q's side:
+#     dq = scan(do, v, k) with S^T,   dv = scan backward(k, q, do) with R,   dk = scan backward(v, do, q) with R^T
+SOURCE = r"""
+#include <stdint.h>
+#include <string.h>
+enum { W = 16 * M };  /* columns of S at once: 16 floats are a vector */
+typedef int64_t num;
+typedef float vec __attribute__((vector_size(64)));
+
+/* q, k (B, T, H, K), v (B, T, H, V), g (H) the decays e^a -> o (B, T, H, V). state (B, H, K, V), or (B, H, V, K) if turned: before the
+   first token that is read, then after the last; backward decays it once more, which makes it R of the token before. */
+void scan(const float *q, const float *k, const float *v, const float *g, float *o, float *state, num B, num T, num H, num K, num V,
+          num backward, num turned) {
+    num blocks = (V + W - 1) / W;
+    #pragma omp parallel for schedule(static) if (B * H * T * K > 2048)
+    for (num i = 0; i < B * H * blocks; i++) {
+        num h = i / blocks % H, b = i / blocks / H, left = i % blocks * W, n = V - left < W ? V - left : W;
+        num row = turned ? 1 : V, column = turned ? K : 1;
+        float *S = state + (b * H + h) * K * V + left * column;
+        vec s[K][M], zero = {0};
+        memset(s, 0, sizeof s);
+        for (num j = 0; j < K; j++)
+            for (num l = 0; l < n; l++) ((float *)s[j])[l] = S[j * row + l * column];
+        for (num step = 0; step < T; step++) {
+            num at = (b * T + (backward ? T - 1 - step : step)) * H + h;
+            const float *q_t = q + at * K, *k_t = k + at * K;
+            float decay = backward && step == 0 ? 1 : g[h];
+            vec v_t[M], o_t[M];
+            for (num m = 0; m < M; m++) v_t[m] = o_t[m] = zero;
+            memcpy(v_t, v + at * V + left, 4 * n);
+            for (num j = 0; j < K; j++)
+                for (num m = 0; m < M; m++) {
+                    s[j][m] = s[j][m] * decay + v_t[m] * k_t[j];
+                    o_t[m] += s[j][m] * q_t[j];
+                }
+            memcpy(o + at * V + left, o_t, 4 * n);
+        }
+        for (num j = 0; j < K; j++)
+            for (num l = 0; l < n; l++) S[j * row + l * column] = ((float *)s[j])[l] * (backward ? g[h] : 1);
+    }
+}
+"""
+
+
+@functools.cache
+def library(M):
+    return compiled(f"enum {{ M = {M} }};" + SOURCE)
+
+
+def scan(q, k, v, g, state, backward=False, turned=False):
+    """q, k (B, T, H, K), v (B, T, H, V), g (H,) -> o like v, fp32; state, (B, H, K, V) or turned, becomes the last one."""
+    o, V = torch.empty_like(v), v.shape[3]
+    call(library(4 if V > 32 else 2 if V > 16 else 1).scan, q, k, v, g, o, state, *q.shape, V, int(backward), int(turned))
+    return o
+
+
+class CompiledRetention(torch.autograd.Function):
+    """The recurrence as it is written at the top, in fp32; the inputs are all that is kept."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_decay, initial):
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        g = log_decay.float().exp()
+        S = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if initial is None else initial.to(v.dtype, copy=True).contiguous()
+        ctx.save_for_backward(q, k, v, g, initial)
+        ctx.set_materialize_grads(False)  # an unused final brings no gradient
+        return scan(q, k, v, g, S), S
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dfinal):
+        q, k, v, g, initial = ctx.saved_tensors
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        S, R = (v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if x is None else x.to(v.dtype, copy=True).contiguous()
+                for x in (initial, dfinal))
+        dq = scan(do, v, k, g, S, turned=True)
+        dk = scan(v, do, q, g, R.clone(), backward=True, turned=True)
+        dv = scan(k, q, do, g, R, backward=True)
+        return dq, dk, dv, None, None if initial is None else R
+
+
 def retention_torch(q, k, v, log_decay, initial=None):
+    if v.is_cpu and v.dtype == torch.float32 and not torch.compiler.is_compiling() and library(4):
+        return CompiledRetention.apply(q, k, v, log_decay, initial)
     if q.shape[1] == 1:  # generation: one step of the definition
         return retention_ref(q, k, v, log_decay, initial)
     return Retention.apply(q, k, v, log_decay, initial)

@@ -208,7 +208,6 @@ class SelectiveScan(torch.autograd.Function):
 V, Q = 16, 32
 SOURCE = f"enum {{ V = {V}, Q = {Q} }};" + r"""
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -243,7 +242,7 @@ void forward(const float *u, const float *d, const float *A, const float *B, con
             for (num n = 0; n < N; n++) a2[n][l] = A[(e + l) * N + n] * LOG2E, s[n][l] = state[(b * E + e + l) * N + n];
         }
         for (num t = 0; t < T; t++) {
-            if (t % Q == 0)
+            if (states && t % Q == 0)
                 for (num n = 0; n < N; n++) memcpy(states + ((b * chunks + t / Q) * N + n) * E + e, s[n], 4 * m);
             const float *b_t = B + (b * T + t) * N, *c_t = C + (b * T + t) * N;
             load(u + b * u_b + t * u_t + e, x, m), load(d + (b * T + t) * E + e, dt, m);
@@ -269,9 +268,8 @@ void backward(const float *u, const float *d, const float *A, const float *B, co
               const float *states, const float *dy, float *du, float *dd, float *dA, float *dB, float *dC, float *dD, float *dz,
               float *g, num batch, num T, num E, num N, num u_b, num u_t, num z_b, num z_t, num threads) {
     num blocks = (E + V - 1) / V, chunks = (T + Q - 1) / Q;
-    #pragma omp parallel num_threads(threads)
-    {
-        num k = omp_get_thread_num();
+    #pragma omp parallel for num_threads(threads)
+    for (num k = 0; k < threads; k++) {  /* each thread has its share of the channels */
         float (*s)[N][V] = malloc((4 * Q + 1) * N * V * 4), (*a)[N][V] = s + Q + 1, (*sB)[N][V] = a + Q, (*sC)[N][V] = sB + Q;
         for (num b = 0; b < batch; b++)
             for (num c = chunks - 1; c >= 0; c--) {
@@ -370,7 +368,7 @@ class CompiledScan(torch.autograd.Function):
         dt = dt.float()
         delta = F.softplus(dt if dt_bias is None else dt + dt_bias)  # (B, T, E)
         final = delta.new_zeros(batch, E, N) if initial is None else initial.to(delta.dtype, copy=True).contiguous()
-        y, states = torch.empty_like(delta), delta.new_empty(batch, -(-T // Q), N, E)
+        y, states = torch.empty_like(delta), delta.new_empty(batch, -(-T // Q), N, E) if any(ctx.needs_input_grad) else None
         tensors, sizes = CompiledScan.inputs(u, delta, A, B, C, D, z)
         call(compiled(SOURCE).forward, *tensors, y, states, final, *sizes)
         ctx.save_for_backward(u, delta, A, B, C, D, z, states)

@@ -44,12 +44,12 @@ def test_recall():
     assert tokens.shape == targets.shape == (5, 23)
     for row, want in zip(tokens.tolist(), targets.tolist()):
         known = dict(zip(row[:12:2], row[1:12:2]))
-        assert len(known) == 6 and max(known) < 64 <= min(known.values())
+        assert len(known) == 6 and max(known) < 16 <= min(known.values())
         assert sorted(row[12::2]) == sorted(known), "each key is asked once"
         assert want == [-1] * 12 + [known[row[t]] if t % 2 == 0 else -1 for t in range(12, 23)]
         assert row[13::2] == want[12:-1:2], "the answers follow"
-    with pytest.raises(ValueError, match="1 to 64"):
-        recall.examples(np.random.default_rng(0), 1, 65)
+    with pytest.raises(ValueError, match="1 to 16"):
+        recall.examples(np.random.default_rng(0), 1, 17)
 
 
 def test_states():
@@ -69,7 +69,7 @@ def test_learn():
     recall = load("data/recall.py")
     draw = lambda rng, n: recall.examples(rng, n, 2)
     found, count = arena.learn("gpt2", draw, {"two": draw}, recall.VOCAB, 60, 0)
-    assert found["two"] > 0.25, "1 / 64 by chance"
+    assert found["two"] > 0.25, "1 / 16 by chance"
     assert 90_000 < count < 130_000
 
 

@@ -106,13 +106,22 @@ def both(f, args, weights):
     return [*out, *torch.autograd.grad(sum((o.double() * w).sum() for o, w in zip(out, weights)), wrt)]
 
 
-@pytest.mark.parametrize("T", [1, 31, 32, 33, 70])
+@pytest.fixture(params=["C", "PyTorch"])
+def plain(request, monkeypatch):
+    """The CPU's two forms; C is for fp32."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(R, "library", lambda M: None)
+    elif R.library(4) is None:
+        pytest.skip("no C compiler here")
+
+
+@pytest.mark.parametrize("T, V", [(1, 12), (31, 12), (32, 20), (33, 40), (70, 70)])  # V: each width of the C form, and two lots of columns
 @pytest.mark.parametrize("initial", [True, False])
-def test_torch_form(T, initial, monkeypatch):
-    """The CPU's chunks equal the definition: one token, less than a chunk, one, more; also in bf16 and for strides of a view."""
+def test_torch_form(T, V, initial, plain, monkeypatch):
+    """The CPU's forms equal the definition: one token, less than a chunk, one, more; also in bf16 and for strides of a view."""
     monkeypatch.setattr(R, "CHUNK", 32)
-    args = case(2, T, 3, 8, 12, initial)
-    weights = [torch.randn(2, T, 3, 12).double(), torch.randn(2, 3, 8, 12).double()]
+    args = case(2, T, 3, 8, V, initial)
+    weights = [torch.randn(2, T, 3, V).double(), torch.randn(2, 3, 8, V).double()]
     want = both(R.retention_ref, args, weights)
     for dtype, tol in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         low = [K.cast(x, dtype) if x.ndim > 1 else x for x in args]
@@ -124,14 +133,17 @@ def test_torch_form(T, initial, monkeypatch):
             assert ((a.double() - b).norm() / b.norm()).item() < tol, dtype
 
 
-def test_unused_outputs():
-    """A loss on o alone, or on the final state alone."""
-    args = case(1, 9, 1, 4, 6)
-    for i in (0, 1):
-        want, got = (torch.autograd.grad(f(*args)[i].sum(), [args[0], args[1], args[2], args[4]], allow_unused=True)
-                     for f in (R.retention_ref, R.retention))
-        for a, b in zip(got, want):
-            torch.testing.assert_close(a if a is not None else torch.zeros_like(b), b if b is not None else torch.zeros_like(a))
+def test_unused_outputs(plain):
+    """A loss on o alone, or on the final state alone; the caller's state is left as it was."""
+    for dtype in (torch.float64, torch.float32):
+        args = [K.cast(x, dtype) for x in case(1, 9, 1, 4, 6)]
+        before = args[4].detach().clone()
+        for i in (0, 1):
+            want, got = (torch.autograd.grad(f(*args)[i].sum(), [args[0], args[1], args[2], args[4]], allow_unused=True)
+                         for f in (R.retention_ref, R.retention))
+            for a, b in zip(got, want):
+                torch.testing.assert_close(a if a is not None else torch.zeros_like(b), b if b is not None else torch.zeros_like(a))
+        assert torch.equal(args[4], before)
 
 
 def test_registration(monkeypatch):

@@ -334,7 +334,7 @@ def test_bad_inputs(text, capsys, tmp_path, monkeypatch):
 
 def test_form_is_a_flag(text, tmp_path, capsys):
     """The same run in each form; then another form goes on with it, and it speaks."""
-    args = f"--layers 1 --heads 2 --dim 16 --seq 16 --batch 2 --steps 4 --eval-iters 1 --tokens 3 --data {text}".split()
+    args = f"--layers 1 --heads 2 --dim 16 --seq 16 --batch 2 --steps 4 --dtype fp32 --eval-iters 1 --tokens 3 --data {text}".split()
     found = [retnet.main([*args, "--form", form, "--out", str(tmp_path / form)]) for form in FORMS]
     assert max(found) - min(found) < 1e-4
     retnet.main(["--resume", "--form", "parallel", "--steps", "6", "--out", str(tmp_path / "recurrent")])
