@@ -10,7 +10,8 @@
 A run is the file's own command line, so it resumes and leaves what every run leaves, in out/arena/<size>-<seed>/<row>; a run that
 is there is not made again. Sizes count parameters without embedding and head and agree within 5% (tests/test_arena.py). `MB` is
 the most that tensors hold in a training step, `state` what generation carries after so many tokens; its speed is greedy, batch 1.
-Speeds are those of the fastest seed: what else ran on the machine can only have slowed the others.
+Speeds, and `s`, the training's time at that speed, are those of the fastest seed: what else ran on the machine can only have slowed the
+others.
 """
 
 import argparse
@@ -184,8 +185,8 @@ def table(size, seconds=0):
     print("| | parameters | val loss | seeds | tokens | training tok/s | s | MB | generation tok/s at 1k, 16k | state at 1k, 16k |\n" + "|---" * 10 + "|")
     for row in (r for r in ROWS if r in done):
         d, best = done[row], lambda key: max(r[key] for r in done[row])
-        print(f"| {row} | {d[0]['body']:,} | {spread([r['val'] for r in d])} | {len(d)} | {d[0]['tokens'] / 1e6:.2f}M | {best('tok_s'):,.0f} | {min(r['seconds'] for r in d):.0f} | "
-              f"{d[0]['held'] / 2**20:,.0f} | {best('speed_1024'):,.0f}, {best('speed_16384'):,.0f} | {d[0]['state_1024']:,}, {d[0]['state_16384']:,} |")  # fmt: skip
+        print(f"| {row} | {d[0]['body']:,} | {spread([r['val'] for r in d])} | {len(d)} | {d[0]['tokens'] / 1e6:.2f}M | {best('tok_s'):,.0f} | {d[0]['tokens'] / best('tok_s'):.0f} | "
+              f"{d[-1]['held'] / 2**20:,.0f} | {best('speed_1024'):,.0f}, {best('speed_16384'):,.0f} | {d[0]['state_1024']:,}, {d[0]['state_16384']:,} |")  # fmt: skip
     name = f"arena-{size}{'-time' if seconds else ''}.png"
     picture({row: done[row] for row in ROWS if row in done}, name)
     print(f"\n{name}: the validation losses")

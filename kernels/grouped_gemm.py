@@ -91,7 +91,7 @@ class ExpertMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w13, w2, chosen, weights, act):
         (N, K), (E, C, f), unit = chosen.shape, w2.shape, 1 if x.dtype.itemsize > 2 and not MKL_IS_SLOW else 32
-        counts = even(N * K, E) if fake(chosen) else chosen.flatten().bincount(minlength=E).tolist()
+        counts = uneven(N * K, E) if fake(chosen) else chosen.flatten().bincount(minlength=E).tolist()
         sizes = [-(-n // unit) * unit for n in counts]
         starts = [sum(sizes[:e]) for e in range(E)]
         at = torch.cat([torch.arange(i, i + n, device=x.device) for i, n in zip(starts, counts)])  # (NK,)  sorted choice -> row
@@ -141,8 +141,10 @@ def fake(t):
     return t.is_meta or isinstance(t, torch._subclasses.FakeTensor)
 
 
-def even(n, E):
-    return [n // E + (e < n % E) for e in range(E)]
+def uneven(n, E):
+    """Tokens an expert where nothing is computed: twice a fair share for the first, so that a plan of memory has room for a skewed routing."""
+    first = min(n, 2 * n // E)
+    return [first] + [(n - first) // max(1, E - 1) + (e < (n - first) % max(1, E - 1)) for e in range(E - 1)]
 
 
 if triton is not None:

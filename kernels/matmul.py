@@ -312,13 +312,6 @@ def product(x, w):
 # ----- end -----
 
 
-if torch.backends.mkldnn.is_available():
-
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def onednn_flops(x, w, *_, **__):
-        return 2 * math.prod(x) * w[0]
-
-
 def onednn(x, w, b):
     """x w^T + b by oneDNN: this call has no gradient."""
     return torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
