@@ -342,7 +342,7 @@ def rows(x, w, b):
     """F.linear. In fp32 on a CPU by oneDNN where MKL is slow, and for a few rows without gradients, which is what generation asks
     for: there it reads the weights at up to twice MKL's rate."""
     if x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel() and not torch.is_autocast_enabled("cpu"):
-        if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)):
             return OneDNN.apply(x, w, b) if MKL_IS_SLOW else F.linear(x, w, b)
         if MKL_IS_SLOW or torch.backends.mkldnn.is_available() and x.numel() <= 16 * x.shape[-1]:
             return onednn(x, w, b)

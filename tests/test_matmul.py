@@ -77,7 +77,7 @@ def test_few_rows(n):
             assert (found - want).abs().max() < 1e-5 * want.abs().max()
 
 
-@pytest.mark.parametrize("trained", ["x", "w", "xw", "xwb"])
+@pytest.mark.parametrize("trained", ["x", "w", "b", "xw", "xwb"])
 def test_onednn(trained, monkeypatch):
     """Where MKL is slow: oneDNN's products forward and for x, F.linear's results and gradients up to rounding, laid out as F.linear's."""
     x, w, b, dy = torch.randn(3, 50, 96), torch.randn(70, 96), torch.randn(70), torch.randn(3, 50, 70)
