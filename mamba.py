@@ -155,7 +155,7 @@ class Config:
 # the papers' recipe: 0.5M tokens a step, 300B in all, rates five times those of GPT-3, down to 1e-5
 PILE = dict(seq=2048, vocab=50277, tok="gpt2", data="openwebtext", steps=600_000, warmup=60_000, lr_end=0.01, eval_every=1000)
 PRESETS = {
-    # about two minutes on two cores
+    # a good minute on two cores
     "cpu": dict(layers=4, dim=96, head_dim=32, seq=128, batch=16, steps=750, lr=1e-2, optim="muon", eval_every=375),
     # a character model for one 12 GB GPU, at the size of gpt2.py's
     "gpu": dict(layers=12, dim=384, seq=256, batch=64, steps=5000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99),

@@ -159,7 +159,7 @@ class Config:
 
 OFFICIAL = dict(seq=2048, vocab=50257, tok="gpt2", data="openwebtext", steps=25_000, warmup=375, beta2=0.98, wd=0.05, eval_every=1000)
 PRESETS = {
-    # about two minutes on two cores
+    # a good minute on two cores
     "cpu": dict(layers=4, heads=3, dim=96, seq=128, batch=16, steps=720, lr=1e-2, optim="muon", eval_every=360),
     # for one 12 GB GPU
     "gpu": dict(layers=6, heads=3, dim=384, seq=256, batch=64, steps=5000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99, dropout=0.2),

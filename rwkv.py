@@ -192,7 +192,7 @@ class Config:
 
 RWKV_LM = dict(seq=512, l2wrap=1e-4, vocab=65536, tok="gpt2", data="openwebtext", warmup=10, lr_end=0.1, beta2=0.99, wd=0.1, eval_every=1000)
 PRESETS = {
-    # about two minutes on two cores; what else was tried is in bench/RESULTS.md
+    # a good minute on two cores; what else was tried is in bench/RESULTS.md
     "cpu": dict(layers=4, dim=96, head_dim=32, seq=128, batch=16, steps=600, lr=3e-3, lr_end=0.1, warmup=20, beta2=0.99, eval_every=300),
     # a character model for one 12 GB GPU, at the size of gpt2.py's
     "gpu": dict(layers=6, dim=384, seq=256, batch=64, steps=5000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99),

@@ -57,16 +57,17 @@ def form(x):
 
 
 # ----- product (shared) -----
-# A CPU's products in fp32 are MKL's, which runs its AVX2 code on AMD's CPUs; oneDNN has AVX-512 there (bench/RESULTS.md).
+# A CPU's products in fp32 are MKL's, which makes no use of AVX-512 on AMD's CPUs; oneDNN does (bench/RESULTS.md).
 CPU = getattr(torch.cpu, "get_capabilities", dict)()
 MKL_IS_SLOW = torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").startswith("AMD") and CPU.get("avx512_f", False)
 
 
-def product(x, w):
-    """x w^T, x (..., K), w (N, K) -> (..., N): the fast one, for use inside an autograd.Function (oneDNN's call has no gradient)."""
+def product(x, w, out=None, add=False):
+    """x w^T, x (M, K), w (N, K) -> (M, N): a new tensor, or into out, or added to it. For the inside of an autograd.Function."""
     if MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
-        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-    return x @ w.t()
+        y = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+        return y if out is None else out.add_(y) if add else out.copy_(y)
+    return out.addmm_(x, w.t()) if add else torch.mm(x, w.t(), out=out)
 # ----- end -----
 
 
@@ -133,7 +134,7 @@ def chunked_loss(x, w, targets, ignore_index, z_loss, reduction, need_dx, need_d
         if need_dx or need_dw:
             d = z.mul_(scale).scatter_add_(1, t_c, -unit_c).to(x.dtype)
         if need_dx:
-            dx[i:i + rows] = product(d, w16.T)
+            product(d, w16.T, out=dx[i:i + rows])
         if need_dw and d.dtype == dtype:
             dw.addmm_(d.T, x_c)
         elif need_dw:

@@ -50,16 +50,17 @@ def form(x):
 
 
 # ----- product (shared) -----
-# A CPU's products in fp32 are MKL's, which runs its AVX2 code on AMD's CPUs; oneDNN has AVX-512 there (bench/RESULTS.md).
+# A CPU's products in fp32 are MKL's, which makes no use of AVX-512 on AMD's CPUs; oneDNN does (bench/RESULTS.md).
 CPU = getattr(torch.cpu, "get_capabilities", dict)()
 MKL_IS_SLOW = torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").startswith("AMD") and CPU.get("avx512_f", False)
 
 
-def product(x, w):
-    """x w^T, x (..., K), w (N, K) -> (..., N): the fast one, for use inside an autograd.Function (oneDNN's call has no gradient)."""
+def product(x, w, out=None, add=False):
+    """x w^T, x (M, K), w (N, K) -> (M, N): a new tensor, or into out, or added to it. For the inside of an autograd.Function."""
     if MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
-        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-    return x @ w.t()
+        y = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+        return y if out is None else out.add_(y) if add else out.copy_(y)
+    return out.addmm_(x, w.t()) if add else torch.mm(x, w.t(), out=out)
 # ----- end -----
 
 
@@ -86,7 +87,8 @@ ACT = {  # act(a), and out = g act'(a)
 
 class ExpertMLP(torch.autograd.Function):
     """The plain form: per expert two products forward and four backward, on views of the sorted rows. In 16 bits, and
-    where fp32 is oneDNN's, each expert's rows are filled up to a multiple of 32: it compiles a product for each new shape, which takes longer than the product."""
+    where fp32 is oneDNN's, each expert's rows are filled up to a multiple of 32: oneDNN compiles a product for each new shape, which
+    takes longer than the product."""
 
     @staticmethod
     def forward(ctx, x, w13, w2, chosen, weights, act):
@@ -101,8 +103,8 @@ class ExpertMLP(torch.autograd.Function):
         gu, y, fn = x.new_empty(len(token), 2 * f), x.new_empty(len(token), C), ACT[act][0]
         for e, (rows, gu_e, y_e) in enumerate(zip(*(t.split(sizes) for t in (token, gu, y)))):
             if sizes[e]:
-                gu_e.copy_(product(x.index_select(0, rows), w13[e]))
-                y_e.copy_(product(fn(gu_e[:, :f]).mul_(gu_e[:, f:]), w2[e]))
+                product(x.index_select(0, rows), w13[e], out=gu_e)
+                product(fn(gu_e[:, :f]).mul_(gu_e[:, f:]), w2[e], out=y_e)
         ctx.save_for_backward(x, w13, w2, weights, token, place, gu, y)
         ctx.sizes, ctx.act = sizes, act
         return combine_torch(y, place, weights)
@@ -127,7 +129,7 @@ class ExpertMLP(torch.autograd.Function):
             dfn(dh.mul_(up), gate, dgu[:, :f])
             torch.mm(d.t(), a.mul_(up), out=dw2[e])
             torch.mm(dgu.t(), x.index_select(0, rows), out=dw13[e])
-            dx_e.copy_(product(dgu, w13[e].t()))
+            product(dgu, w13[e].t(), out=dx_e)
         return combine_torch(dx, place, None), dw13, dw2, None, dp[place].to(weights.dtype), None
 
 

@@ -38,6 +38,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ def form(x):
 
 # ----- c (shared) -----
 # A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C here, which gcc or
-# clang turns into vectors, once in a process. Without a compiler, or with KERNELS_C=0, the plain form in PyTorch serves.
+# clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with KERNELS_C=0, the plain form in PyTorch serves.
 @functools.cache
 def compiled(source):
     """The C source as a library, or None where there is no compiler. Its loops run on PyTorch's OpenMP threads: those are loaded already."""
@@ -77,7 +78,8 @@ def compiled(source):
             Path(tmp, "c.c").write_text(source)
             subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
             return ctypes.CDLL(str(Path(tmp, "c.so")))
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError) as e:
+        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; KERNELS_C=0 asks for those")
         return None
 
 
@@ -299,16 +301,17 @@ def matmul(a, b):
 
 
 # ----- product (shared) -----
-# A CPU's products in fp32 are MKL's, which runs its AVX2 code on AMD's CPUs; oneDNN has AVX-512 there (bench/RESULTS.md).
+# A CPU's products in fp32 are MKL's, which makes no use of AVX-512 on AMD's CPUs; oneDNN does (bench/RESULTS.md).
 CPU = getattr(torch.cpu, "get_capabilities", dict)()
 MKL_IS_SLOW = torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").startswith("AMD") and CPU.get("avx512_f", False)
 
 
-def product(x, w):
-    """x w^T, x (..., K), w (N, K) -> (..., N): the fast one, for use inside an autograd.Function (oneDNN's call has no gradient)."""
+def product(x, w, out=None, add=False):
+    """x w^T, x (M, K), w (N, K) -> (M, N): a new tensor, or into out, or added to it. For the inside of an autograd.Function."""
     if MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
-        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-    return x @ w.t()
+        y = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+        return y if out is None else out.add_(y) if add else out.copy_(y)
+    return out.addmm_(x, w.t()) if add else torch.mm(x, w.t(), out=out)
 # ----- end -----
 
 
@@ -329,9 +332,8 @@ class OneDNN(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         (x, w), (need_x, need_w, need_b) = ctx.saved_tensors, ctx.needs_input_grad
-        dx = onednn(dy, w.t(), None) if need_x else None
-        dy = dy.reshape(-1, dy.shape[-1])
-        dw = None
+        shape, dy = dy.shape[:-1], dy.reshape(-1, dy.shape[-1])
+        dx, dw = product(dy, w.t()).view(*shape, w.shape[1]) if need_x else None, None
         if need_w:
             x = x.reshape(-1, x.shape[-1])
             dw = dy.t() @ x if w.is_contiguous() else (x.t() @ dy).t()  # laid out as w, whose .grad it becomes

@@ -69,7 +69,7 @@ def test_learn():
     recall = load("data/recall.py")
     draw = lambda rng, n: recall.examples(rng, n, 2)
     found, count = arena.learn("gpt2", draw, {"two": draw}, recall.VOCAB, 60, 0)
-    assert found["two"] > 0.25, "1 / 16 by chance"
+    assert found["two"] > 0.35, "1 / 16 by chance"
     assert 90_000 < count < 130_000
 
 

@@ -128,6 +128,13 @@ def test_torch_form(slow, monkeypatch):
     assert all(t.grad_fn is None for t in torch.autograd.grad(L.bit_linear(*args[:2], args[2:])[0].sum(), args[:3]))
 
 
+def test_a_compiler_that_fails_is_named(monkeypatch):
+    monkeypatch.setenv("CC", "/bin/false")
+    monkeypatch.delenv("KERNELS_C", raising=False)
+    with pytest.warns(UserWarning, match="/bin/false cannot compile"):
+        assert L.compiled("int one(void) { return 1; }") is None
+
+
 def test_scales():
     """a W scales y by a; a times one token scales nothing (it is normed) and leaves the other tokens alone."""
     x, g, (w,) = inputs((4,), 48, [8], torch.float32)
