@@ -5,18 +5,18 @@ The activations of feed-forward layers
                       Hendrycks & Gimpel 2016, arXiv:1606.08415, section 2
     bias_gelu(x, b)   gelu(x + b)
     swiglu(gate, up)  silu(gate) up,   silu(a) = a sigma(a)             Shazeer 2020, arXiv:2002.05202, eq. 6
-    relu2glu(gate, up)   relu(gate)^2 up                                So et al. 2021, arXiv:2109.08668 (squared ReLU); BitNet b1.58 2B4T
+    relu2glu(gate, up)   relu(gate)^2 up        So et al. 2021, arXiv:2109.08668 (squared ReLU); BitNet b1.58 2B4T
 
 x, gate, up (..., F), b (F,) -> (..., F) in the dtype of the first argument: fp32, bf16 or fp16; b may be fp32 beside
 16-bit x. Autocast changes nothing. Saved for backward: the inputs. Recomputed: all else, cheaper than to read it again.
 
-Bytes, E per element, n elements: gelu and bias_gelu 2 E n forward and 3 E n backward, swiglu and relu2glu 3 E n and 5 E n: each
-input read once, each output written once, which is the floor. bias_gelu: b once more per program, and one fp32 partial
-row of db per 64 rows or more, summed in a fixed order. Ten to thirty FLOPs an element: nothing beside the bytes.
-gate and up may be the halves of one (..., 2F) tensor: they are not copied.
+Bytes, E per element, n elements: gelu and bias_gelu 2 E n forward and 3 E n backward, swiglu and relu2glu 3 E n and
+5 E n: each input read once, each output written once, which is the floor. bias_gelu: b once more per program, and one
+fp32 partial row of db per 64 rows or more, summed in a fixed order. Ten to thirty FLOPs an element: nothing beside the
+bytes. gate and up may be the halves of one (..., 2F) tensor: they are not copied.
 
-Plain form: F.gelu, whose autograd keeps x (or x + b in place of x). For swiglu and relu2glu autograd would keep more than the
-inputs, so their backward is written by hand.
+Plain form: F.gelu, whose autograd keeps x (or x + b in place of x). For swiglu and relu2glu autograd would keep more
+than the inputs, so their backward is written by hand.
 """
 import os
 
@@ -164,7 +164,8 @@ if triton is not None:
         tl.store(y + i * n_cols + o_f, b_f * b_u, mask=m_f)
 
     @triton.jit
-    def glu_bwd_kernel(gate, up, dy, dgate, dup, n_cols, stride_gate, stride_up, SQUARE: tl.constexpr, BF: tl.constexpr):
+    def glu_bwd_kernel(gate, up, dy, dgate, dup, n_cols, stride_gate, stride_up, SQUARE: tl.constexpr,
+                       BF: tl.constexpr):
         i = tl.program_id(0).to(tl.int64)
         o_f = tl.program_id(1) * BF + tl.arange(0, BF)
         m_f = o_f < n_cols
@@ -242,7 +243,8 @@ if triton is not None:
         return y
 
     @torch.library.custom_op("kernels::glu_bwd", mutates_args=())
-    def glu_bwd_op(gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor, square: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def glu_bwd_op(gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor, square: bool
+                   ) -> tuple[torch.Tensor, torch.Tensor]:
         dy = dy.contiguous()
         dgate, dup = torch.empty_like(dy), torch.empty_like(dy)
         gate, up = rows_of(gate), rows_of(up)
@@ -267,7 +269,8 @@ if triton is not None:
         gate, up, ctx.square = inputs
         ctx.save_for_backward(gate, up)
 
-    glu_op.register_autograd(lambda ctx, dy: (*glu_bwd_op(*ctx.saved_tensors, dy, ctx.square), None), setup_context=save_glu)
+    glu_op.register_autograd(lambda ctx, dy: (*glu_bwd_op(*ctx.saved_tensors, dy, ctx.square), None),
+                             setup_context=save_glu)
 
 
 def gelu(x):

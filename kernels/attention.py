@@ -11,9 +11,9 @@ Attention: softmax(scale q k^T) v without the T x T matrix
 Shapes: q (B, H, Tq, D), k, v (B, Hkv, Tk, D) -> o (B, H, Tq, D), all of one dtype: fp32, bf16 or fp16. H % Hkv == 0
 (GQA): query head h reads head h // (H / Hkv) of k and v. Any strides: the kernels read views of one packed (B, T, 3,
 H, D) tensor in place, except that a last dimension that is not contiguous is copied, and that a D other than 32, 64
-or 128 is filled up with zeros. o is a view of a contiguous (B, Tq, H, D), so that o.transpose(1, 2).reshape(B, Tq, H * D)
-is free. D <= 128 in the kernels. Softmax and all sums are fp32; p and ds are rounded to the inputs' dtype to be multiplied.
-Under autocast the inputs are cast as torch.nn.functional.scaled_dot_product_attention casts them.
+or 128 is filled up with zeros. o is a view of a contiguous (B, Tq, H, D): o.transpose(1, 2).reshape(B, Tq, H * D) is
+free. D <= 128 in the kernels. Softmax and all sums are fp32; p and ds are rounded to the inputs' dtype to be
+multiplied. Under autocast the inputs are cast as torch.nn.functional.scaled_dot_product_attention casts them.
 
 Saved for backward: q, k, v, o and lse, (B, H, Tq) fp32, in base 2. p is recomputed, once in each of the two backward
 kernels: one owns a block of queries (dq, and delta), one a block of keys (dk and dv, summed over the query heads of its
@@ -24,9 +24,9 @@ Bytes and FLOPs of one query head. A block: BM queries (fwd, dq) or BN keys (dkv
     dq     e D (4 Tq + 2 sum over blocks of the keys they see) + 8 Tq                  6 D
     dkv    e D (4 Tk / G + 2 sum over blocks of the queries that see them) + 8 that    8 D
 Blocks above the causal diagonal are neither read nor multiplied: for long T half of both. Device memory moves each
-tensor about once while a head's k and v stay in the L2 cache; the tensor cores are then the limit, at least BM or BN FLOPs
-for each byte read in 16 bits. Decoding (Tq = 1) is limited by reading k and v, with one program a head: long contexts
-at small B H leave multiprocessors idle.
+tensor about once while a head's k and v stay in the L2 cache; the tensor cores are then the limit, at least BM or BN
+FLOPs for each byte read in 16 bits. Decoding (Tq = 1) is limited by reading k and v, with one program a head: long
+contexts at small B H leave multiprocessors idle.
 """
 import contextlib
 import os
@@ -68,7 +68,7 @@ def attention_ref(q, k, v, causal=True, scale=None, softcap=0.0):
 
 @contextlib.contextmanager
 def rounded_products():
-    """On a CPU: fp32 tensors stay fp32, outside autocast too, and are rounded to bf16 where they are multiplied, if it has units for that."""
+    """On a CPU: fp32 tensors stay fp32, outside autocast too, and are multiplied as bf16, if it has units for that."""
     precision = torch.backends.mkldnn.matmul
     before, precision.fp32_precision = precision.fp32_precision, "bf16"
     try:
@@ -79,8 +79,8 @@ def rounded_products():
 
 
 class AttentionBF16(torch.autograd.Function):
-    """PyTorch's forward with a backward for short sequences in bf16 on a CPU: whole products of many heads at once instead of small
-    tiles, which keep the CPU's matrix units waiting. p and ds stay in the cache, fp32, and are rounded in the products only."""
+    """PyTorch's forward with a backward for short sequences in bf16 on a CPU: whole products of many heads at once
+    instead of small tiles, which keep its matrix units waiting. p and ds stay in cache, fp32; only products round."""
 
     @staticmethod
     def forward(ctx, q, k, v, causal, scale):
@@ -98,8 +98,9 @@ class AttentionBF16(torch.autograd.Function):
         many = max(1, 2**19 // (H * BM * k.shape[2]))  # sequences at once
         with rounded_products():
             for i in range(0, B, many):
-                q_b, k_b, v_b, o_b, do_b = (t[i:i + many].to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 1)
-                                            for t in (q, k, v, o, do))  # (b H, T, D)
+                q_b, k_b, v_b, o_b, do_b = (
+                    t[i:i + many].to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 1)
+                    for t in (q, k, v, o, do))  # (b H, T, D)
                 delta, lse_b = (o_b * do_b).sum(-1, keepdim=True), lse[i:i + many].flatten(0, 1)[..., None]
                 q_b, dq, dk, dv = q_b * scale, torch.empty_like(q_b), torch.zeros_like(k_b), torch.zeros_like(v_b)
                 for m in range(0, T, BM):
@@ -122,7 +123,8 @@ def attention_torch(q, k, v, causal=True, scale=None, softcap=0.0):
     Tq, Tk, mask = q.shape[2], k.shape[2], None
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and (Tq == Tk or not causal) and 1 < Tk <= 512:
+    if (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and (Tq == Tk or not causal)
+            and 1 < Tk <= 512):
         if q.shape[1] != k.shape[1]:
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
         return AttentionBF16.apply(q, k, v, causal, q.shape[3] ** -0.5 if scale is None else scale)
@@ -151,8 +153,8 @@ if triton is not None:
     # v, run together; under a causal mask the longest of them start first.
 
     @triton.jit
-    def attention_fwd_kernel(q, k, v, o, lse, sq, sk, sv, so, H, G, Tq, Tk, scale,
-                             CAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    def attention_fwd_kernel(q, k, v, o, lse, sq, sk, sv, so, H, G, Tq, Tk, scale, CAP: tl.constexpr,
+                             CAUSAL: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
         n_m = tl.cdiv(Tq, BM)
         i_m = n_m - 1 - tl.program_id(0) % n_m
         i_bh = (tl.program_id(0) // n_m).to(tl.int64)  # int64: so is every offset of more than a block
@@ -199,8 +201,8 @@ if triton is not None:
     # A soft cap multiplies ds_ij by its own derivative, 1 - tanh^2.
 
     @triton.jit
-    def attention_bwd_dq_kernel(q, k, v, o, do, lse, delta, dq, sq, sk, sv, so, H, G, Tq, Tk, scale,
-                                CAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    def attention_bwd_dq_kernel(q, k, v, o, do, lse, delta, dq, sq, sk, sv, so, H, G, Tq, Tk, scale, CAP: tl.constexpr,
+                                CAUSAL: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
         """dq and delta of a block of queries; do, o and dq have the strides so."""
         n_m = tl.cdiv(Tq, BM)
         i_m = n_m - 1 - tl.program_id(0) % n_m
@@ -247,7 +249,8 @@ if triton is not None:
 
     @triton.jit
     def attention_bwd_dkv_kernel(q, k, v, do, lse, delta, dk, dv, sq, sk, sv, so, sdk, Hkv, G, Tq, Tk, scale,
-                                 CAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+                                 CAP: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+                                 BN: tl.constexpr):
         """dk and dv of a block of keys, summed over the G query heads that read it. Keys are the rows of products."""
         n_n = tl.cdiv(Tk, BN)
         i_n = tl.program_id(0) % n_n
@@ -381,7 +384,7 @@ if triton is not None:
         D = q.shape[3]
         scale = D ** -0.5 if scale is None else float(scale)
         fill = max(32, triton.next_power_of_2(D)) - D
-        if fill:  # zeros make a head of 80 or 96 one of 128: masks along D cost narrow loads, and registers that then spill
+        if fill:  # zeros make a head of 80 or 96 one of 128: masks along D cost narrow loads and registers, which spill
             q, k, v = (torch.nn.functional.pad(x, (0, fill)) for x in (q, k, v))
         return attention_op(q, k, v, causal, scale, float(softcap))[0][..., :D]
 

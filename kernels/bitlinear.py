@@ -10,20 +10,22 @@ BitLinear: a linear layer with ternary weights and 8-bit activations, behind an 
 
     bit_linear(x, g, weights, eps)    the layers that read RMSNorm(x): (y_i) for the master weights W_i. Training.
     packed_linear(x, g, packs, eps)   the same for packed weights (bytes, s). Inference.
-    quantize_weight(w), pack(wq), unpack(bytes)     -> (Wq int8, s);  2 bits a weight as on the Hugging Face hub: bits 2j, 2j+1 of
-                                      byte (r, k) hold Wq + 1 of row r + j N/4, so N must be divisible by 4
+    quantize_weight(w), pack(wq), unpack(bytes)     -> (Wq int8, s);  2 bits a weight as on the Hugging Face hub: bits
+                                      2j, 2j+1 of byte (r, k) hold Wq + 1 of row r + j N/4, so N must be divisible by 4
 
-Shapes: x (..., K), g (K,), W (N, K), bytes (N/4, K) uint8, s fp32 -> y (..., N) in x's (or autocast's) dtype. K <= 8192 in kernels.
-Saved for backward: x, 1 / rms, xq with 1 / a, Wq with s: 5 K bytes a token beside x on a GPU (on a CPU xh and Wh in fp32, which
-backward multiplies with as they are). Wq is made anew in each forward pass: one pass over W, nothing beside the product of a batch.
+Shapes: x (..., K), g (K,), W (N, K), bytes (N/4, K) uint8, s fp32 -> y (..., N) in x's (or autocast's) dtype.
+K <= 8192 in kernels. Saved for backward: x, 1 / rms, xq with 1 / a, Wq with s: 5 K bytes a token beside x on a GPU (on
+a CPU xh and Wh in fp32, which backward multiplies with as they are). Wq is made anew in each forward pass: one pass
+over W, nothing beside the product of a batch.
 
-Kernels: norm and quantisation in one pass over x (E + 1 bytes an element, which is the floor); a weight is read twice, as its mean
-must be known first (2 E + 1 bytes; floor E + 1). int8 products on tensor cores (IMMA), xq Wq^T with s / a in the epilogue; from packed
-weights each program decodes a tile of bytes into four tiles of Wq, one for each of its rows' quarters: at batch 1 N K / 4 bytes move
-instead of 2 N K, which is the bound. Backward's products are the vendor's, norm's backward is kernels/norm.py's.
+Kernels: norm and quantisation in one pass over x (E + 1 bytes an element, which is the floor); a weight is read twice,
+as its mean must be known first (2 E + 1 bytes; floor E + 1). int8 products on tensor cores (IMMA), xq Wq^T with s / a
+in the epilogue; from packed weights each program decodes a tile of bytes into four tiles of Wq, one for each of its
+rows' quarters: at batch 1 N K / 4 bytes move instead of 2 N K, which is the bound. Backward's products are the
+vendor's, norm's backward is kernels/norm.py's.
 
-CPU: a product of a few tokens reads packed bytes through 30 lines of C, compiled once where a C compiler is (as Triton's launcher is);
-without one, and for many tokens, slices of the bytes are decoded and multiplied: weights are never whole.
+CPU: a product of few tokens reads packed bytes through 30 lines of C, compiled once where a C compiler is (as Triton's
+launcher is); without one, and for many tokens, slices are decoded and multiplied: weights are never whole.
 """
 import ctypes
 import functools
@@ -58,11 +60,12 @@ def form(x):
 # ----- product (shared) -----
 # A CPU's products in fp32 are MKL's, which makes no use of AVX-512 on AMD's CPUs; oneDNN does (bench/RESULTS.md).
 CPU = getattr(torch.cpu, "get_capabilities", dict)()
-MKL_IS_SLOW = torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").startswith("AMD") and CPU.get("avx512_f", False)
+MKL_IS_SLOW = (torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").startswith("AMD")
+               and CPU.get("avx512_f", False))
 
 
 def product(x, w, out=None, add=False):
-    """x w^T, x (M, K), w (N, K) -> (M, N): a new tensor, or into out, or added to it. For the inside of an autograd.Function."""
+    """x w^T, x (M, K), w (N, K) -> (M, N): a new tensor, or into out, or added to it. For use in autograd.Functions."""
     if MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
         y = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
         return y if out is None else out.add_(y) if add else out.copy_(y)
@@ -71,11 +74,12 @@ def product(x, w, out=None, add=False):
 
 
 # ----- c (shared) -----
-# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C here, which gcc or
-# clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with KERNELS_C=0, the plain form in PyTorch serves.
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C
+# here, which gcc or clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with
+# KERNELS_C=0, the plain form in PyTorch serves.
 @functools.cache
 def compiled(source):
-    """The C source as a library, or None where there is no compiler. Its loops run on PyTorch's OpenMP threads: those are loaded already."""
+    """The C source as a library, None without a compiler. Its loops run on PyTorch's OpenMP threads, loaded already."""
     cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if not cc or os.environ.get("KERNELS_C") == "0":
         return None
@@ -86,14 +90,16 @@ def compiled(source):
             subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
             return ctypes.CDLL(str(Path(tmp, "c.so")))
     except (OSError, subprocess.CalledProcessError) as e:
-        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; KERNELS_C=0 asks for those")
+        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; "
+                      "KERNELS_C=0 asks for those")
         return None
 
 
 def call(function, *args):
-    """function(*args): contiguous tensors (or None) as pointers, numbers as int64. Fake tensors, which only have a shape, are left alone."""
+    """function(*args): contiguous tensors or None as pointers, ints as int64. Fake tensors are only shapes: no call."""
     if not any(isinstance(a, torch._subclasses.FakeTensor) for a in args):
-        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr()) for a in args))
+        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
+                   for a in args))
 # ----- end -----
 
 
@@ -113,7 +119,7 @@ def quantize_ref(x, g, eps=1e-5):
 
 
 def bit_linear_ref(x, g, weights, eps=1e-5):
-    """The definition, with the straight-through estimator: v + (quantised v - v).detach() is quantised v, its gradient v's."""
+    """The definition; straight-through estimator: v + (quantised v - v).detach() is quantised v, its gradient v's."""
     wide = torch.promote_types(x.dtype, torch.float32)
     h = x.to(wide)
     h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * g.to(wide)
@@ -152,7 +158,7 @@ def out_dtype(x):
 
 
 def quantize_torch(x, g, eps):
-    """x (M, K) -> xq, integers held in fp32, 1 / a (M, 1) and 1 / rms (M, 1). The norm's factor of a row falls out of xq: so few passes."""
+    """x (M, K) -> xq, integers in fp32, 1 / a and 1 / rms (M, 1). A row's norm factor falls out of xq: few passes."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[1]).add_(eps).rsqrt_()  # (M, 1)
     xq = x * g.to(x.dtype)
@@ -219,8 +225,8 @@ def packed_linear_torch(x, g, packs, eps):
     return tuple(out)
 
 
-# y[m, r + j R] = sum over k of x[m, k] (w - 1), w two bits of p[r, k]: w is summed, and the sum of x taken off at the end. Plain C that
-# gcc and clang turn into vectors: 16-bit products, added in pairs to 32 bits.
+# y[m, r + j R] = sum over k of x[m, k] (w - 1), w two bits of p[r, k]: w is summed, and the sum of x taken off at the
+# end. Plain C that gcc and clang turn into vectors: 16-bit products, added in pairs to 32 bits.
 SOURCE = r"""
 #include <stdint.h>
 void product(const uint8_t *p, const int8_t *x, float *y, int64_t R, int64_t K, int64_t M) {
@@ -299,10 +305,11 @@ if triton is not None:
         for k in range(0, K, BK):
             o_k = k + tl.arange(0, BK)
             b_x = tl.load(xq + o_m[:, None] * K + o_k[None, :], mask=m_m[:, None] & (o_k < K)[None, :], other=0)
-            b_w = tl.load(wq + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0)  # [BN, BK]
-            acc = tl.dot(b_x, tl.trans(b_w), acc, out_dtype=tl.int32)
+            b_w = tl.load(wq + o_n[:, None] * K + o_k[None, :], mask=m_n[:, None] & (o_k < K)[None, :], other=0)
+            acc = tl.dot(b_x, tl.trans(b_w), acc, out_dtype=tl.int32)  # [BM, BK] [BK, BN]
         b_a = tl.load(a_inv + o_m, mask=m_m, other=0.0) * tl.load(s)
-        tl.store(y + o_m[:, None] * N + o_n[None, :], acc.to(tl.float32) * b_a[:, None], mask=m_m[:, None] & m_n[None, :])
+        tl.store(y + o_m[:, None] * N + o_n[None, :], acc.to(tl.float32) * b_a[:, None],
+                 mask=m_m[:, None] & m_n[None, :])
 
     # The same from bytes (R = N / 4 rows): a byte of row r has a weight of each of the rows r, r + R, r + 2 R, r + 3 R.
     @triton.jit
@@ -316,8 +323,8 @@ if triton is not None:
         acc2 = tl.zeros((BM, BR), tl.int32)
         acc3 = tl.zeros((BM, BR), tl.int32)
         for k in range(0, K, BK):
-            o_k = k + tl.arange(0, BK)
-            b_x = tl.load(xq + o_m[:, None] * K + o_k[None, :], mask=m_m[:, None] & (o_k < K)[None, :], other=0)  # 0 past K
+            o_k = k + tl.arange(0, BK)  # past K b_x is 0
+            b_x = tl.load(xq + o_m[:, None] * K + o_k[None, :], mask=m_m[:, None] & (o_k < K)[None, :], other=0)
             b_p = tl.load(packed + o_r[:, None] * K + o_k[None, :], mask=m_r[:, None] & (o_k < K)[None, :], other=0)
             b_p = tl.trans(b_p)  # [BK, BR]
             acc0 = tl.dot(b_x, (b_p & 3).to(tl.int8) - 1, acc0, out_dtype=tl.int32)
@@ -333,7 +340,8 @@ if triton is not None:
         tl.store(p_y + 3 * R, acc3.to(tl.float32) * b_a, mask=m)
 
     @torch.library.custom_op("kernels::rms_norm_quant", mutates_args=())
-    def rms_norm_quant_op(x: torch.Tensor, g: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def rms_norm_quant_op(x: torch.Tensor, g: torch.Tensor, eps: float
+                          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (M, K) -> xq int8, 1 / a (M,), 1 / rms (M,)."""
         M, K = x.shape
         xq = torch.empty_like(x, dtype=torch.int8)
@@ -343,7 +351,8 @@ if triton is not None:
         sm = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 46
         grid = (max(1, min(2 * sm, triton.cdiv(M, BM))),)
         if M:
-            rms_norm_quant_kernel[grid](x, g, xq, a_inv, rstd, M, K, eps, BM=BM, BK=BK, num_warps=4 if BK <= 1024 else 8 if BK <= 4096 else 16)
+            rms_norm_quant_kernel[grid](x, g, xq, a_inv, rstd, M, K, eps, BM=BM, BK=BK,
+                                        num_warps=4 if BK <= 1024 else 8 if BK <= 4096 else 16)
         return xq, a_inv, rstd
 
     @torch.library.custom_op("kernels::quantize_weight", mutates_args=())
@@ -359,7 +368,8 @@ if triton is not None:
         return wq, s
 
     @torch.library.custom_op("kernels::int8_linear", mutates_args=())
-    def int8_linear_op(xq: torch.Tensor, a_inv: torch.Tensor, wq: torch.Tensor, s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def int8_linear_op(xq: torch.Tensor, a_inv: torch.Tensor, wq: torch.Tensor, s: torch.Tensor,
+                       dtype: torch.dtype) -> torch.Tensor:
         (M, K), N = xq.shape, wq.shape[0]
         y = torch.empty(M, N, dtype=dtype, device=xq.device)
         BM, BN, BK, warps, stages = (128, 128, 64, 8, 3) if M > 64 and N > 64 else (64, 64, 64, 4, 4)
@@ -369,14 +379,15 @@ if triton is not None:
         return y
 
     @torch.library.custom_op("kernels::packed_linear", mutates_args=())
-    def packed_linear_op(xq: torch.Tensor, a_inv: torch.Tensor, packed: torch.Tensor, s: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def packed_linear_op(xq: torch.Tensor, a_inv: torch.Tensor, packed: torch.Tensor, s: torch.Tensor,
+                         dtype: torch.dtype) -> torch.Tensor:
         (M, K), R = xq.shape, packed.shape[0]
         y = torch.empty(M, 4 * R, dtype=dtype, device=xq.device)
         # generation: thin tiles, long K, so that many bytes are on their way; else four tiles of 64 x 32
         BM, BR, BK, warps, stages = (16, 16, 256, 4, 4) if M <= 16 else (64, 32, 64, 4, 3)
         if M:
-            packed_kernel[(triton.cdiv(M, BM) * triton.cdiv(R, BR),)](xq, a_inv, packed, s, y, M, R, K, BM=BM, BR=BR, BK=BK,
-                                                                      num_warps=warps, num_stages=stages)
+            packed_kernel[(triton.cdiv(M, BM) * triton.cdiv(R, BR),)](xq, a_inv, packed, s, y, M, R, K, BM=BM, BR=BR,
+                                                                      BK=BK, num_warps=warps, num_stages=stages)
         return y
 
     @rms_norm_quant_op.register_fake
@@ -440,7 +451,8 @@ def quantize_weight(w):
 
 
 def bit_linear(x, g, weights, eps=1e-5):
-    """x (..., K), g (K,), weights: several (N_i, K) -> (..., N_i) each, in x's (or autocast's) dtype. ValueError: shapes that do not fit."""
+    """x (..., K), g (K,), weights: several (N_i, K) -> (..., N_i) each, in x's (or autocast's) dtype.
+    ValueError: shapes that do not fit."""
     check(x, g, weights, "W (N, K)")
     which = form(x)
     if which == "ref":
@@ -450,7 +462,7 @@ def bit_linear(x, g, weights, eps=1e-5):
 
 @torch.no_grad()
 def packed_linear(x, g, packs, eps=1e-5):
-    """x (..., K), g (K,), packs: pairs of bytes (N_i / 4, K) and s -> (..., N_i) each, in x's (or autocast's) dtype; no gradient."""
+    """x (..., K), g (K,), packs: bytes (N_i/4, K), s -> (..., N_i) each, in x's (or autocast's) dtype; no gradient."""
     check(x, g, [p for p, _ in packs], "bytes (N / 4, K)")
     which = form(x)
     if which == "ref":

@@ -1,5 +1,5 @@
 """
-Causal depthwise convolution over time, with the SiLU after it: what mixes neighbouring tokens in Mamba, Mamba-2 and others
+Causal depthwise convolution over time, with a SiLU after it: it mixes neighbouring tokens in Mamba, Mamba-2 and others
     Gu & Dao 2023, arXiv:2312.00752v2, section 3.4 and figure 3 (their package: causal-conv1d)
 
     a_t = b + sum_i w_i x_{t-W+1+i}      i = 0..W-1; each channel has its own W taps; x_t for t < 0 is `initial`, or 0
@@ -7,16 +7,16 @@ Causal depthwise convolution over time, with the SiLU after it: what mixes neigh
     backward   da = dy sigmoid(a) (1 + a (1 - sigmoid(a)));  dx_t = sum_i w_i da_{t+W-1-i}
                dw_i = sum_t da_t x_{t-W+1+i};  db = sum_t da_t;  dinitial is dx at the times before 0
 
-Shapes, channels last: x (B, T, E), w (E, W), b (E,), initial (B, W-1, E) -> y (B, T, E) in x's dtype. fp32, bf16 or fp16;
-w and b may be fp32 beside a 16-bit x. x may be some columns of a wider tensor (half of a projection's output): the kernels
-take its strides, there is no copy. All arithmetic is fp32 whatever the tensors are, so autocast changes nothing.
+Shapes, channels last: x (B, T, E), w (E, W), b (E,), initial (B, W-1, E) -> y (B, T, E) in x's dtype. fp32, bf16 or
+fp16; w and b may be fp32 beside a 16-bit x. x may be some columns of a wider tensor (half of a projection's output):
+the kernels take its strides, there is no copy. Arithmetic is fp32 whatever the tensors are: autocast changes nothing.
 
 Saved for backward: x, w, b, initial. a is recomputed.
-Bytes: forward reads x and writes y once, which is the floor, backward reads dy and x and writes dx once: a tile asks W times
-(backward 2W-1 times) for overlapping rows, and gets all but the first from the multiprocessor's own cache. Each program of
-backward writes its sums for dw and db, one row for 128 of x, which PyTorch adds up in a fixed order: results repeat bit for
-bit. FLOPs an element: 2W + 5 forward, about W (2W + 12) + 4W backward, since a tile computes a at its own rows and the W-1
-after them W times over; with W = 4 in bf16 memory is still the bound (504 GB/s against 29 TFLOPS).
+Bytes: forward reads x and writes y once, which is the floor, backward reads dy and x and writes dx once: a tile asks W
+times (backward 2W-1 times) for overlapping rows, and gets all but the first from the multiprocessor's own cache. Each
+program of backward writes its sums for dw and db, one row for 128 of x, which PyTorch adds up in a fixed order: results
+repeat bit for bit. FLOPs an element: 2W + 5 forward, about W (2W + 12) + 4W backward, since a tile computes a at its
+own rows and the W-1 after them W times over; with W = 4 in bf16 memory is still the bound (504 GB/s against 29 TFLOPS).
 """
 import os
 
@@ -78,7 +78,7 @@ class Conv(torch.autograd.Function):
         if ctx.silu:
             da = torch.ops.aten.silu_backward(da, Conv.conv(h, taps, None if b is None else b.to(dtype)))
         dtaps, ones = torch.empty_like(taps), h.new_ones(h.shape[0] * h.shape[1])
-        total = lambda t: ones[:t.shape[0] * t.shape[1]] @ t.flatten(0, 1)  # over batch and time; sum((0, 1)) takes longer
+        total = lambda t: ones[:t.shape[0] * t.shape[1]] @ t.flatten(0, 1)  # over batch and time; sum((0, 1)) is slower
         with torch.autocast(x.device.type, enabled=False):
             dx = da * taps[-1]
             dtaps[-1] = total(da * h)
@@ -100,7 +100,7 @@ if triton is not None:
 
     @triton.jit
     def rows_at(x, initial, o_t, o_e, T, E, stride_t, W: tl.constexpr):
-        """Inputs at the times o_t [BT, 1]: x's from 0 on, before that initial's, or 0. x, initial: the sequence's first."""
+        """Inputs at times o_t [BT, 1]: x's from 0 on, before that initial's, or 0. x, initial: the sequence's first."""
         m_e = o_e < E
         b_x = tl.load(x + o_t * stride_t + o_e, mask=(o_t >= 0) & (o_t < T) & m_e, other=0.0).to(tl.float32)  # [BT, BE]
         if initial is not None:
@@ -111,7 +111,8 @@ if triton is not None:
     @triton.jit
     def conv_rows(x, w, b, initial, o_t, o_e, T, E, stride_t, W: tl.constexpr):
         """a at the times o_t"""
-        a = rows_at(x, initial, o_t, o_e, T, E, stride_t, W) * tl.load(w + o_e * W + W - 1, mask=o_e < E, other=0.0).to(tl.float32)
+        a = (rows_at(x, initial, o_t, o_e, T, E, stride_t, W)
+             * tl.load(w + o_e * W + W - 1, mask=o_e < E, other=0.0).to(tl.float32))
         for k in tl.static_range(1, W):
             taps = tl.load(w + o_e * W + W - 1 - k, mask=o_e < E, other=0.0).to(tl.float32)  # [1, BE]
             a += rows_at(x, initial, o_t - k, o_e, T, E, stride_t, W) * taps
@@ -132,13 +133,14 @@ if triton is not None:
             a = a * tl.sigmoid(a)
         tl.store(y + i_b * T * E + o_t * E + o_e, a, mask=(o_t < T) & (o_e < E))
 
-    # y = a s, s = sigmoid(a):   da = dy s (1 + a (1 - s)),   dx_t = sum_k w_{W-1-k} da_{t+k},   dw_{W-1-k} = sum_t da_t x_{t-k}
-    # A program has several tiles of time one after the other and holds the sums for dw, and in row W for db. With initial the
-    # times begin at -(W-1), where dx is dinitial and da is 0.
+    # y = a s, s = sigmoid(a):   da = dy s (1 + a (1 - s)),   dx_t = sum_k w_{W-1-k} da_{t+k},
+    #   dw_{W-1-k} = sum_t da_t x_{t-k}
+    # A program has several tiles of time one after the other and holds the sums for dw, and in row W for db. With
+    # initial the times begin at -(W-1), where dx is dinitial and da is 0.
 
     @triton.jit
-    def conv_bwd_kernel(dy, x, w, b, initial, dx, dinitial, dw, T, E, stride_b, stride_t, SILU: tl.constexpr, W: tl.constexpr,
-                        BT: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, TILES: tl.constexpr):
+    def conv_bwd_kernel(dy, x, w, b, initial, dx, dinitial, dw, T, E, stride_b, stride_t, SILU: tl.constexpr,
+                        W: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr, BW: tl.constexpr, TILES: tl.constexpr):
         i_b = tl.program_id(2).to(tl.int64)
         o_e = tl.program_id(1) * BE + tl.arange(0, BE)[None, :]
         m_e = o_e < E
@@ -188,7 +190,8 @@ if triton is not None:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         B, T, E = x.shape
         grid = max(1, triton.cdiv(T, BT_FWD)), triton.cdiv(E, BE), B
-        conv_fwd_kernel[grid](x, w, b, initial, y, T, E, *x.stride()[:2], SILU=silu, W=w.shape[1], BT=BT_FWD, BE=BE, num_warps=4)
+        conv_fwd_kernel[grid](x, w, b, initial, y, T, E, *x.stride()[:2], SILU=silu, W=w.shape[1], BT=BT_FWD, BE=BE,
+                              num_warps=4)
         return y
 
     @conv_op.register_fake
@@ -196,8 +199,8 @@ if triton is not None:
         return x.new_empty(x.shape)
 
     @torch.library.custom_op("kernels::causal_conv1d_bwd", mutates_args=())
-    def conv_bwd_op(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, initial: torch.Tensor | None,
-                    silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def conv_bwd_op(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None,
+                    initial: torch.Tensor | None, silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> dx, dw with db in a last column (E, W+1) fp32, dinitial (empty without initial)."""
         x, w, initial = side_by_side(x), w.contiguous(), None if initial is None else initial.contiguous()
         (B, T, E), W = x.shape, w.shape[1]

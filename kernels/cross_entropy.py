@@ -59,11 +59,12 @@ def form(x):
 # ----- product (shared) -----
 # A CPU's products in fp32 are MKL's, which makes no use of AVX-512 on AMD's CPUs; oneDNN does (bench/RESULTS.md).
 CPU = getattr(torch.cpu, "get_capabilities", dict)()
-MKL_IS_SLOW = torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").startswith("AMD") and CPU.get("avx512_f", False)
+MKL_IS_SLOW = (torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").startswith("AMD")
+               and CPU.get("avx512_f", False))
 
 
 def product(x, w, out=None, add=False):
-    """x w^T, x (M, K), w (N, K) -> (M, N): a new tensor, or into out, or added to it. For the inside of an autograd.Function."""
+    """x w^T, x (M, K), w (N, K) -> (M, N): a new tensor, or into out, or added to it. For use in autograd.Functions."""
     if MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
         y = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
         return y if out is None else out.add_(y) if add else out.copy_(y)

@@ -1,30 +1,33 @@
 """
-The experts of a mixture-of-experts layer: grouped matrix products over tokens sorted by expert, none padded, none dropped
+The experts of a mixture-of-experts layer: grouped matrix products over tokens sorted by expert, none padded or dropped
     Gale et al. 2022, MegaBlocks, arXiv:2211.15841 (dropless); Shazeer 2020, arXiv:2002.05202 (gated linear units)
 
-    y_n      = sum_k p_nk w2_e h_nk,   h_nk = act(w1_e x_n) * (w3_e x_n),   e = chosen_nk       act: silu, or gelu in its tanh form
-    backward, for each choice      d = w2_e^T dy_n;   dp_nk = d . h_nk;   dh = p_nk d;   da = dh w3 x act'(w1 x);   db = dh act(w1 x)
-             for each expert       dw2_e = sum dy_n (p h)^T,   dw13_e = sum (da, db) x_n^T;     dx_n = sum_k w13_e^T (da, db)
+    y_n      = sum_k p_nk w2_e h_nk,   h_nk = act(w1_e x_n) * (w3_e x_n),   e = chosen_nk   act: silu or tanh-form gelu
+    backward, a choice:   d = w2_e^T dy_n;  dp_nk = d . h_nk;  dh = p_nk d;  da = dh w3 x act'(w1 x);  db = dh act(w1 x)
+              an expert:  dw2_e = sum dy_n (p h)^T,   dw13_e = sum (da, db) x_n^T;   dx_n = sum_k w13_e^T (da, db)
 
-Shapes: x (N, C), w13 (E, 2F, C): w1 above w3, w2 (E, C, F), chosen (N, K) int64 in [0, E), weights p (N, K) -> y (N, C) in x's
-dtype. x, w13, w2 share a dtype, fp32, bf16 or fp16 (under autocast they are cast to it); p is better fp32. E <= 1024. An expert may
-have any number of tokens, also none: its gradients are then zeros. All sums are fp32.
+Shapes: x (N, C), w13 (E, 2F, C): w1 above w3, w2 (E, C, F), chosen (N, K) int64 in [0, E), weights p (N, K) -> y (N, C)
+in x's dtype. x, w13, w2 share a dtype, fp32, bf16 or fp16 (under autocast they are cast to it); p is better fp32.
+E <= 1024. An expert may have any number of tokens, also none: its gradients are then zeros. All sums are fp32.
 
-The N K choices are sorted by expert (a stable sort, so results repeat), and each expert's products run over its rows; the sorted
-order exists as indices only, x and dy are gathered where a product reads them. Saved: x, the weights, what the products w1 x and w3 x
-gave (N K 2F values), and the order; h is computed again, and w2 h is not needed: dp is taken on the other side of w2.
+The N K choices are sorted by expert (a stable sort, so results repeat), and each expert's products run over its rows;
+the sorted order exists as indices only, x and dy are gathered where a product reads them. Saved: x, the weights, what
+the products w1 x and w3 x gave (N K 2F values), and the order; h is computed again, and w2 h is not needed: dp is taken
+on the other side of w2.
 FLOPs: 6 N K C F forward, 12 backward. None is spent on rows that are not there but in the last tile of each expert.
 
-Triton form: no sizes are read back. The grid has ceil(N K / BM) + E row tiles, the most that E groups can need; each program finds its
-expert and rows from the E group ends, or ends at once. The five products are two kernels: rows times an expert's matrix (forward with
-the gated unit in its epilogue), and for the weights' gradients a loop over an expert's rows, so there are no atomics.
-Bytes: a tile of rows reads its BM rows once per column tile, mostly from L2; device memory sees each expert's weights once per product
-and the rows about once: with many tokens per expert (N K / E above some 300 in bf16) the tensor cores are the limit, below that the
-weights.
+Triton form: no sizes are read back. The grid has ceil(N K / BM) + E row tiles, the most that E groups can need; each
+program finds its expert and rows from the E group ends, or ends at once. The five products are two kernels: rows times
+an expert's matrix (forward with the gated unit in its epilogue), and for the weights' gradients a loop over an expert's
+rows, so there are no atomics.
+Bytes: a tile of rows reads its BM rows once per column tile, mostly from L2; device memory sees each expert's weights
+once per product and the rows about once: with many tokens per expert (N K / E above some 300 in bf16) the tensor cores
+are the limit, below that the weights.
 
-Plain form: the same on a CPU, a loop over the experts with products written into views of one tensor, gradients too, so that
-what lies between two products of an expert stays in the cache. The sizes are read back, which costs nothing there. w2 h is saved too,
-N K C values: dp from it, and p applied to dy instead of h and d, spare four passes over N K F values where bandwidth is scarce.
+Plain form: the same on a CPU, a loop over the experts with products written into views of one tensor, gradients too, so
+that what lies between two products of an expert stays in the cache. The sizes are read back, which costs nothing there.
+w2 h is saved too, N K C values: dp from it, and p applied to dy instead of h and d, spare four passes over N K F values
+where bandwidth is scarce.
 """
 import os
 
@@ -52,11 +55,12 @@ def form(x):
 # ----- product (shared) -----
 # A CPU's products in fp32 are MKL's, which makes no use of AVX-512 on AMD's CPUs; oneDNN does (bench/RESULTS.md).
 CPU = getattr(torch.cpu, "get_capabilities", dict)()
-MKL_IS_SLOW = torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").startswith("AMD") and CPU.get("avx512_f", False)
+MKL_IS_SLOW = (torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").startswith("AMD")
+               and CPU.get("avx512_f", False))
 
 
 def product(x, w, out=None, add=False):
-    """x w^T, x (M, K), w (N, K) -> (M, N): a new tensor, or into out, or added to it. For the inside of an autograd.Function."""
+    """x w^T, x (M, K), w (N, K) -> (M, N): a new tensor, or into out, or added to it. For use in autograd.Functions."""
     if MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
         y = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
         return y if out is None else out.add_(y) if add else out.copy_(y)
@@ -87,8 +91,8 @@ ACT = {  # act(a), and out = g act'(a)
 
 class ExpertMLP(torch.autograd.Function):
     """The plain form: per expert two products forward and four backward, on views of the sorted rows. In 16 bits, and
-    where fp32 is oneDNN's, each expert's rows are filled up to a multiple of 32: oneDNN compiles a product for each new shape, which
-    takes longer than the product."""
+    where fp32 is oneDNN's, each expert's rows are filled up to a multiple of 32: oneDNN compiles a product for each new
+    shape, which takes longer than the product."""
 
     @staticmethod
     def forward(ctx, x, w13, w2, chosen, weights, act):
@@ -96,10 +100,10 @@ class ExpertMLP(torch.autograd.Function):
         counts = uneven(N * K, E) if fake(chosen) else chosen.flatten().bincount(minlength=E).tolist()
         sizes = [-(-n // unit) * unit for n in counts]
         starts = [sum(sizes[:e]) for e in range(E)]
-        at = torch.cat([torch.arange(i, i + n, device=x.device) for i, n in zip(starts, counts)])  # (NK,)  sorted choice -> row
+        at = torch.cat([torch.arange(i, i + n, device=x.device) for i, n in zip(starts, counts)])  # (NK,) sorted -> row
         order = chosen.flatten().argsort(stable=True)                       # (NK,)  sorted choice -> choice
         place = torch.empty_like(order).scatter_(0, order, at).view(N, K)   # choice -> row
-        token = order.new_zeros(sum(sizes)).scatter_(0, at, order // K)     # row -> token; those that fill up read token 0
+        token = order.new_zeros(sum(sizes)).scatter_(0, at, order // K)     # row -> token; fillers read token 0
         gu, y, fn = x.new_empty(len(token), 2 * f), x.new_empty(len(token), C), ACT[act][0]
         for e, (rows, gu_e, y_e) in enumerate(zip(*(t.split(sizes) for t in (token, gu, y)))):
             if sizes[e]:
@@ -144,7 +148,7 @@ def fake(t):
 
 
 def uneven(n, E):
-    """Tokens an expert where nothing is computed: twice a fair share for the first, so that a plan of memory has room for a skewed routing."""
+    """Tokens an expert where nothing is computed: twice a fair share for the first, so memory plans allow for skew."""
     first = min(n, 2 * n // E)
     return [first] + [(n - first) // max(1, E - 1) + (e < (n - first) % max(1, E - 1)) for e in range(E - 1)]
 
@@ -166,13 +170,15 @@ if triton is not None:
 
     @triton.jit
     def sigmoid_of(a, GELU: tl.constexpr):
-        """act(a) = a s: s, and its argument's derivative. silu: s = sigma(a); gelu: s = sigma(2u), as in activation.py."""
+        """act(a) = a s: s, and its argument's derivative. silu: s = sigma(a); gelu: s = sigma(2u) (activation.py)."""
         if GELU:
-            return tl.sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a)), 1.5957691216057308 * (1.0 + 0.134145 * a * a)
+            return (tl.sigmoid(1.5957691216057308 * (a + 0.044715 * a * a * a)),
+                    1.5957691216057308 * (1.0 + 0.134145 * a * a))
         else:
             return tl.sigmoid(a), 1.0
 
-    # C[r] = W[e] A[src(r)] for the rows r of expert e. src: the sorted rows themselves, or (order given) the token of choice order[r].
+    # C[r] = W[e] A[src(r)] for the rows r of expert e. src: the sorted rows themselves, or (order given) the token of
+    # choice order[r].
     # GLU: W[e] has 2N rows; C gets all of them (None: nobody wants them back) and H[r] = act(first half) * second half.
     @triton.jit
     def rows_kernel(A, order, W, C, H, ends, E, N, K, topk, sw_e, sw_n, sw_k, GLU: tl.constexpr, GELU: tl.constexpr,
@@ -280,18 +286,19 @@ if triton is not None:
             acc += b_y
         tl.store(OUT + n * C + o_c, acc, mask=m_c)
 
-    # BM, BN, BK, warps, stages. 64 rows: an expert's last tile is half empty on average, so wide tiles waste more with few tokens.
-    # fp32 goes without tensor cores, all of it in registers. GLU holds two sums. Widths that 16 does not divide are loaded element by
-    # element, each with its own address: small tiles then, or the addresses spill.
+    # BM, BN, BK, warps, stages. 64 rows: an expert's last tile is half empty on average, so wide tiles waste more with
+    # few tokens. fp32 goes without tensor cores, all of it in registers. GLU holds two sums. Widths that 16 does not
+    # divide are loaded element by element, each with its own address: small tiles then, or the addresses spill.
     def tiles(dtype, glu=False, aligned=True):
         if dtype == torch.float32:
-            return dict(BM=32, BN=32, BK=16, num_warps=4, num_stages=2) if glu else dict(BM=64, BN=64, BK=16, num_warps=4, num_stages=2)
+            return (dict(BM=32, BN=32, BK=16, num_warps=4, num_stages=2) if glu else
+                    dict(BM=64, BN=64, BK=16, num_warps=4, num_stages=2))
         if not aligned:
             return dict(BM=32, BN=32, BK=32, num_warps=4, num_stages=2)
         return dict(BM=64, BN=64 if glu else 128, BK=32, num_warps=4, num_stages=3)
 
     def rows_product(a, order, w, c, ends, topk, h=None, gelu=False):
-        """w (E, N, K) of any strides (h given: (E, 2N, K), contiguous), into c (NK, N), or c (NK, 2N) or None and h (NK, N)."""
+        """w (E, N, K) of any strides (with h (E, 2N, K), dense) into c (NK, N), or c (NK, 2N) or None and h (NK, N)."""
         E, N, K = w.shape[0], w.shape[1] // (1 if h is None else 2), w.shape[2]
         how = tiles(a.dtype, h is not None, N % 16 == K % 16 == 0)
         R = (c if h is None else h).shape[0]
@@ -314,10 +321,11 @@ if triton is not None:
         return out
 
     @torch.library.custom_op("kernels::expert_mlp", mutates_args=())
-    def expert_mlp_op(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, act: str,
-                      save: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """-> y, then for backward: w1 x and w3 x (empty without save), order (sorted row -> choice), place (the inverse), ends (of
-        the experts' rows)."""
+    def expert_mlp_op(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor,
+                      act: str, save: bool
+                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> y, then for backward: w1 x and w3 x (empty without save), order (sorted row -> choice), place (the
+        inverse), ends (of the experts' rows)."""
         (N, K), (E, C, f) = chosen.shape, w2.shape
         x, w13, w2, weights = (t.contiguous() for t in (x, w13, w2, weights))
         by_expert, order = chosen.flatten().sort(stable=True)
@@ -372,12 +380,13 @@ if triton is not None:
 
 
 def expert_mlp(x, w13, w2, chosen, weights, act="silu"):
-    """x (N, C), w13 (E, 2F, C), w2 (E, C, F), chosen (N, K) int64, weights (N, K) -> (N, C) in x's (or autocast's) dtype.
-    ValueError: shapes, dtypes or an act that do not fit."""
+    """x (N, C), w13 (E, 2F, C), w2 (E, C, F), chosen (N, K) int64, weights (N, K) -> (N, C) in x's (or autocast's)
+    dtype. ValueError: shapes, dtypes or an act that do not fit."""
     N, C, E, f = *x.shape, w2.shape[0], w2.shape[2]
-    if w13.shape != (E, 2 * f, C) or w2.shape != (E, C, f) or chosen.shape != weights.shape or len(chosen) != N or act not in ACT:
-        raise ValueError(f"expert_mlp: shapes {[tuple(t.shape) for t in (x, w13, w2, chosen, weights)]}, act {act!r}; expected (N, C), "
-                         "(E, 2F, C), (E, C, F), twice (N, K), and silu or gelu")
+    if (w13.shape != (E, 2 * f, C) or w2.shape != (E, C, f) or chosen.shape != weights.shape or len(chosen) != N
+            or act not in ACT):
+        raise ValueError(f"expert_mlp: shapes {[tuple(t.shape) for t in (x, w13, w2, chosen, weights)]}, act {act!r}; "
+                         "expected (N, C), (E, 2F, C), (E, C, F), twice (N, K), and silu or gelu")
     which = form(x)
     if which == "ref":
         return expert_mlp_ref(x, w13, w2, chosen, weights, act)

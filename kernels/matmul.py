@@ -7,9 +7,9 @@ Matrix products in kernels of ours: a tiled GEMM, and the linear layer y = act(x
 
 Backward, with dz = dy gelu'(z) (dz = dy without act):   dx = dz w,   dw = dz^T x,   db = sum over rows of dz.
 
-Which form runs: the vendor's GEMM (on a CPU MKL or oneDNN, with GELU as a loop in C), on a GPU too, unless KERNELS=triton asks for the kernels
-here. They were never timed against cuBLAS on a GPU, and it is hard to beat; what they give is a GPT-2 whose every
-FLOP runs in this folder.
+Which form runs: the vendor's GEMM (on a CPU MKL or oneDNN, with GELU as a loop in C), on a GPU too, unless
+KERNELS=triton asks for the kernels here. They were never timed against cuBLAS on a GPU, and it is hard to beat; what
+they give is a GPT-2 whose every FLOP runs in this folder.
 
 The tensors of a call share a dtype, fp32, bf16 or fp16; sums run in fp32 (products of fp32 are exact fp32, not TF32),
 results are stored in that dtype. Any strides: a transposed operand is read where it lies. Under autocast x, w and b
@@ -64,11 +64,12 @@ def form(x):
 
 
 # ----- c (shared) -----
-# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C here, which gcc or
-# clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with KERNELS_C=0, the plain form in PyTorch serves.
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C
+# here, which gcc or clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with
+# KERNELS_C=0, the plain form in PyTorch serves.
 @functools.cache
 def compiled(source):
-    """The C source as a library, or None where there is no compiler. Its loops run on PyTorch's OpenMP threads: those are loaded already."""
+    """The C source as a library, None without a compiler. Its loops run on PyTorch's OpenMP threads, loaded already."""
     cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if not cc or os.environ.get("KERNELS_C") == "0":
         return None
@@ -79,14 +80,16 @@ def compiled(source):
             subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
             return ctypes.CDLL(str(Path(tmp, "c.so")))
     except (OSError, subprocess.CalledProcessError) as e:
-        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; KERNELS_C=0 asks for those")
+        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; "
+                      "KERNELS_C=0 asks for those")
         return None
 
 
 def call(function, *args):
-    """function(*args): contiguous tensors (or None) as pointers, numbers as int64. Fake tensors, which only have a shape, are left alone."""
+    """function(*args): contiguous tensors or None as pointers, ints as int64. Fake tensors are only shapes: no call."""
     if not any(isinstance(a, torch._subclasses.FakeTensor) for a in args):
-        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr()) for a in args))
+        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
+                   for a in args))
 # ----- end -----
 
 
@@ -303,11 +306,12 @@ def matmul(a, b):
 # ----- product (shared) -----
 # A CPU's products in fp32 are MKL's, which makes no use of AVX-512 on AMD's CPUs; oneDNN does (bench/RESULTS.md).
 CPU = getattr(torch.cpu, "get_capabilities", dict)()
-MKL_IS_SLOW = torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").startswith("AMD") and CPU.get("avx512_f", False)
+MKL_IS_SLOW = (torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").startswith("AMD")
+               and CPU.get("avx512_f", False))
 
 
 def product(x, w, out=None, add=False):
-    """x w^T, x (M, K), w (N, K) -> (M, N): a new tensor, or into out, or added to it. For the inside of an autograd.Function."""
+    """x w^T, x (M, K), w (N, K) -> (M, N): a new tensor, or into out, or added to it. For use in autograd.Functions."""
     if MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
         y = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
         return y if out is None else out.add_(y) if add else out.copy_(y)
@@ -341,8 +345,8 @@ class OneDNN(torch.autograd.Function):
 
 
 def rows(x, w, b):
-    """F.linear. In fp32 on a CPU by oneDNN where MKL is slow, and for a few rows without gradients, which is what generation asks
-    for: there it reads the weights at up to twice MKL's rate."""
+    """F.linear. In fp32 on a CPU by oneDNN where MKL is slow, and for a few rows without gradients, which is what
+    generation asks for: there it reads the weights at up to twice MKL's rate."""
     if x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel() and not torch.is_autocast_enabled("cpu"):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)):
             return OneDNN.apply(x, w, b) if MKL_IS_SLOW else F.linear(x, w, b)

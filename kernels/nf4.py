@@ -9,8 +9,8 @@ dequantize_nf4(q, dtype) w' = LEVELS[level] absmax',   absmax' = MAP[code] s + m
 nf4_linear(x, q)         y = x W'^T        x (..., K), q of W (N, K) -> (..., N);   backward dx = dy W', W' is frozen
 
 q is a dict: packed (n / 2, 1) uint8; absmax (n / 64) uint8 codes, or fp32 with double=False; nested (n / 16384) fp32,
-the s of each 256 codes; offset () fp32, the mean; shape. The bytes are bitsandbytes' own (packed, absmax, nested_absmax,
-nested_offset there). 4 + 8 / 64 + 32 / 16384 = 4.127 bits a weight. A last block that is not full is a block, too.
+the s of each 256 codes; offset () fp32, the mean; shape. The bytes are bitsandbytes' own (packed, absmax,
+nested_absmax, nested_offset there). 4 + 8 / 64 + 32 / 16384 = 4.127 bits a weight. A block not full is one, too.
 
 Plain form: a table of 256 pairs of levels, indexed by byte. W' is made in forward, dropped, and made again in backward.
 Triton form: the levels come from 15 selects in registers, the scales of the blocks from MAP by a load each.
@@ -171,7 +171,7 @@ if triton is not None:
 
     @triton.jit
     def quantize_kernel(w, table, packed, absmax, n, BB: tl.constexpr):
-        """BB blocks of 64 a program. table: the midpoints between the levels; the index is the number of those below."""
+        """BB blocks of 64 a program. table: midpoints between the levels; the index is the number of those below."""
         o_b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
         o = o_b[:, None] * 64 + tl.arange(0, 64)[None, :]
         b_w = tl.load(w + o, mask=o < n, other=0.0).to(tl.float32)                      # [BB, 64]
@@ -195,7 +195,7 @@ if triton is not None:
         o = o_b[:, None] * 64 + tl.arange(0, 64)[None, :]
         tl.store(w + o, b_w, mask=o < n)
 
-    # y_mn = sum over blocks b of row n of absmax'_nb (sum over its first halves x_mk level_nk + the same over its second)
+    # y_mn = sum over blocks b of row n of absmax'_nb (sum over its first halves x_mk level_nk + same over its second)
     @triton.jit
     def linear_kernel(x, packed, absmax, nested, offset, table, y, M, N, K,
                       BM: tl.constexpr, BN: tl.constexpr):

@@ -21,16 +21,18 @@ its sums for dw and db, which PyTorch adds up in a fixed order: results repeat b
 1.04 (without b) to 1.09 times the floor forward, 1.05 to 1.10 backward; more rows, less.
 FLOPs: about 8 an element forward, 12 backward: memory is the bound on every GPU.
 
-    modulate         y = n (1 + scale) + shift, n as in layer_norm; shift and scale (B, C) belong to a sample, x is (B, T, C)
+    modulate         y = n (1 + scale) + shift, n as in layer_norm; shift and scale (B, C) are a sample's, x (B, T, C)
     add_modulate     s = x + gate r, then the same on s; returns (y, s)
-    backward         g = (1 + scale) dy, dx as above;  dr = gate dx;  dshift, dscale, dgate = sums over a sample's rows of dy, dy n, dx r
-Saved: x (or s, and r and gate), scale, mean and rstd. Programs stay within a sample: each reads shift, scale and gate once, and in
-backward writes its sums of them. Every other tensor is read or written once, which is the floor.
+    backward         g = (1 + scale) dy, dx as above;  dr = gate dx;
+                     dshift, dscale, dgate = sums over a sample's rows of dy, dy n, dx r
+Saved: x (or s, and r and gate), scale, mean and rstd. Programs stay within a sample: each reads shift, scale and gate
+once, and in backward writes its sums of them. Every other tensor is read or written once, which is the floor.
 
-    group_norm_silu  z = n w + b, n over the C / groups channels and all pixels of a group of one sample;  y = z sigma(z)
+    group_norm_silu  z = n w + b, n over the C / groups channels and all pixels of a group of a sample;  y = z sigma(z)
     backward         dz = dy sigma(z) (1 + z (1 - sigma(z))), then as above with means over the group
-Saved: x, w, b, mean and rstd; z is recomputed. A program does a group: up to 4,096 numbers are read once; more are read twice (x forward,
-x and dy backward), the second time from the cache: they are what the program has just read, 80 kB for 10 channels of 64 x 64 in bf16.
+Saved: x, w, b, mean and rstd; z is recomputed. A program does a group: up to 4,096 numbers are read once; more are read
+twice (x forward, x and dy backward), the second time from the cache: they are what the program has just read, 80 kB for
+10 channels of 64 x 64 in bf16.
 """
 import os
 
@@ -91,7 +93,7 @@ class RMSNorm(torch.autograd.Function):
         x, w, rstd = ctx.saved_tensors
         n, wide = x * rstd, w.to(rstd.dtype)
         t = n * dy
-        dw, mean = t.flatten(0, -2).sum(0), torch.mv(t.flatten(0, -2), wide).div_(-len(w)).view_as(rstd)  # of g n, negative
+        dw, mean = t.flatten(0, -2).sum(0), torch.mv(t.flatten(0, -2), wide).div_(-len(w)).view_as(rstd)  # -mean(g n)
         return torch.mul(wide, dy, out=t).addcmul_(n, mean).mul_(rstd).to(x.dtype), dw.to(w.dtype), None
 
 
@@ -280,7 +282,8 @@ def modulate_ref(x, shift, scale, eps=1e-6):
     """The definition; fp32 inside, fp64 for fp64."""
     h = x if x.dtype == torch.float64 else x.float()
     h = h - h.mean(-1, keepdim=True)
-    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
+    return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps) * (1 + scale[:, None])
+            + shift[:, None]).to(x.dtype)
 
 
 def add_modulate_ref(x, r, gate, shift, scale, eps=1e-6):
@@ -291,8 +294,8 @@ def add_modulate_ref(x, r, gate, shift, scale, eps=1e-6):
 
 
 class Modulate(torch.autograd.Function):
-    """The CPU's form: LayerNorm whose weight 1 + scale and bias shift are those of a sample; backward is PyTorch's own, a sample at a time,
-    which gives dscale and dshift as the gradients of weight and bias without keeping or making n."""
+    """The CPU's form: LayerNorm whose weight 1 + scale and bias shift are a sample's; backward is PyTorch's own, a
+    sample at a time, which gives dscale and dshift as the gradients of weight and bias without keeping or making n."""
 
     @staticmethod
     def forward(ctx, x, shift, scale, eps):
@@ -305,25 +308,27 @@ class Modulate(torch.autograd.Function):
     def backward(ctx, dy):
         x, mean, rstd, weight = ctx.saved_tensors
         back = torch.ops.aten.native_layer_norm_backward
-        parts = [back(g.contiguous(), a, a.shape[-1:], m, r, w, w, (True, True, True)) for g, a, m, r, w in zip(dy, x, mean, rstd, weight)]
+        parts = [back(g.contiguous(), a, a.shape[-1:], m, r, w, w, (True, True, True))
+                 for g, a, m, r, w in zip(dy, x, mean, rstd, weight)]
         dx, dscale, dshift = (torch.stack(p) for p in zip(*parts))
         return dx, dshift, dscale, None
 
 
 def modulate_torch(x, shift, scale, eps=1e-6):
     shift, scale = shift.to(x.dtype), scale.to(x.dtype)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] * x.shape[2] >= 16384:  # fewer: the loop costs more than it saves
+    # smaller samples: the loop costs more than it saves
+    if x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] * x.shape[2] >= 16384:
         return Modulate.apply(x.contiguous(), shift, scale, eps)
     n = torch.nn.functional.layer_norm(x.float() if x.dtype != torch.float64 else x, x.shape[-1:], eps=eps)
     return (n * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
 
 
 if triton is not None:
-    # A program takes the rows of one sample, BM at a time, so that shift, scale and gate are read once a program; PyTorch adds the programs' sums.
+    # A program takes a sample's rows, BM at a time: shift, scale and gate are read once; PyTorch adds programs' sums.
 
     @triton.jit
-    def modulate_fwd_kernel(x, r, gate, shift, scale, y, s, stats, M, T, C, s_gate, s_shift, s_scale, eps, BM: tl.constexpr, BC: tl.constexpr,
-                            STAGES: tl.constexpr):
+    def modulate_fwd_kernel(x, r, gate, shift, scale, y, s, stats, M, T, C, s_gate, s_shift, s_scale, eps,
+                            BM: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr):
         i_b = tl.program_id(1).to(tl.int64)
         o_c = tl.arange(0, BC)[None, :]
         m_c = o_c < C
@@ -349,12 +354,12 @@ if triton is not None:
             tl.store(stats + M + o_m, mean, mask=m_t)
             tl.store(y + o, b_x * rstd * b_scale + b_shift, mask=m)
 
-    # n = (s - mean) rstd, g = (1 + scale) dy; all of s's gradient: dx = rstd (g - mean(g) - n mean(g n)) + ds;  dr = gate dx
+    # n = (s - mean) rstd, g = (1 + scale) dy; s's gradient: dx = rstd (g - mean(g) - n mean(g n)) + ds;  dr = gate dx
     #   dshift = sum over a sample's rows of dy,   dscale = sum of dy n,   dgate = sum of dx r
 
     @triton.jit
-    def modulate_bwd_kernel(dy, ds, s, r, gate, scale, stats, dx, dr, sums, M, T, C, s_gate, s_scale, BM: tl.constexpr, BC: tl.constexpr,
-                            STAGES: tl.constexpr):
+    def modulate_bwd_kernel(dy, ds, s, r, gate, scale, stats, dx, dr, sums, M, T, C, s_gate, s_scale, BM: tl.constexpr,
+                            BC: tl.constexpr, STAGES: tl.constexpr):
         i_b = tl.program_id(1).to(tl.int64)
         o_c = tl.arange(0, BC)[None, :]
         m_c = o_c < C
@@ -372,7 +377,8 @@ if triton is not None:
             o = o_m * C + o_c
             b_dy = tl.load(dy + o, mask=m, other=0.0).to(tl.float32)  # [BM, BC]
             rstd = tl.load(stats + o_m, mask=m_t, other=0.0)  # [BM, 1]
-            b_n = (tl.load(s + o, mask=m, other=0.0).to(tl.float32) - tl.load(stats + M + o_m, mask=m_t, other=0.0)) * rstd
+            b_n = (tl.load(s + o, mask=m, other=0.0).to(tl.float32)
+                   - tl.load(stats + M + o_m, mask=m_t, other=0.0)) * rstd
             b_dshift += b_dy
             b_dscale += b_dy * b_n
             b_g = b_dy * b_scale
@@ -399,34 +405,37 @@ if triton is not None:
         return B * T, T, C, (per, B), config
 
     @torch.library.custom_op("kernels::modulate", mutates_args=())
-    def modulate_op(x: torch.Tensor, r: torch.Tensor | None, gate: torch.Tensor | None, shift: torch.Tensor, scale: torch.Tensor,
-                    eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def modulate_op(x: torch.Tensor, r: torch.Tensor | None, gate: torch.Tensor | None, shift: torch.Tensor,
+                    scale: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> y, s (empty without r), stats (rstd, mean) for backward."""
         M, T, C, grid, config = modulate_config(x, 1 if r is None else 2, 8)
         y = torch.empty_like(x, dtype=x.dtype if r is None else torch.promote_types(x.dtype, r.dtype))
         s = y.new_empty(0) if r is None else torch.empty_like(y)
         stats = torch.empty(2, M, dtype=torch.float32, device=x.device)
         if M:
-            modulate_fwd_kernel[grid](x, r, gate, shift, scale, y, s, stats, M, T, C, 0 if r is None else gate.stride(0), shift.stride(0),
-                                      scale.stride(0), eps, **config)
+            modulate_fwd_kernel[grid](
+                x, r, gate, shift, scale, y, s, stats, M, T, C,
+                0 if r is None else gate.stride(0), shift.stride(0), scale.stride(0), eps, **config)
         return y, s, stats
 
     @modulate_op.register_fake
     def _(x, r, gate, shift, scale, eps):
         y = torch.empty_like(x, dtype=x.dtype if r is None else torch.promote_types(x.dtype, r.dtype))
-        return y, y.new_empty(0) if r is None else torch.empty_like(y), x.new_empty(2, x.shape[0] * x.shape[1], dtype=torch.float32)
+        return (y, y.new_empty(0) if r is None else torch.empty_like(y),
+                x.new_empty(2, x.shape[0] * x.shape[1], dtype=torch.float32))
 
     @torch.library.custom_op("kernels::modulate_bwd", mutates_args=())
-    def modulate_bwd_op(dy: torch.Tensor, ds: torch.Tensor | None, s: torch.Tensor, r: torch.Tensor | None, gate: torch.Tensor | None,
-                        scale: torch.Tensor, stats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def modulate_bwd_op(dy: torch.Tensor, ds: torch.Tensor | None, s: torch.Tensor, r: torch.Tensor | None,
+                        gate: torch.Tensor | None, scale: torch.Tensor, stats: torch.Tensor
+                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> dx, dr (empty without r), and dshift, dscale (, dgate): (2 or 3, B, C) fp32."""
-        M, T, C, grid, config = modulate_config(s, 2 + (ds is not None) + (r is not None), 48)  # 48: a program writes its sums
+        M, T, C, grid, config = modulate_config(s, 2 + (ds is not None) + (r is not None), 48)  # 48: sums are written
         dx = torch.empty_like(s)
         dr = s.new_empty(0) if r is None else torch.empty_like(r)
         sums = torch.empty(2 if r is None else 3, grid[1], grid[0], C, dtype=torch.float32, device=s.device)
         if M:
-            modulate_bwd_kernel[grid](dy, ds, s, r, gate, scale, stats, dx, dr, sums, M, T, C, 0 if r is None else gate.stride(0),
-                                      scale.stride(0), **config)
+            modulate_bwd_kernel[grid](dy, ds, s, r, gate, scale, stats, dx, dr, sums, M, T, C,
+                                      0 if r is None else gate.stride(0), scale.stride(0), **config)
         return dx, dr, sums.sum(2)
 
     @modulate_bwd_op.register_fake
@@ -461,7 +470,8 @@ if triton is not None:
 
 
 def modulate(x, shift, scale, eps=1e-6):
-    """x (B, T, C), shift and scale (B, C), any stride of B -> (B, T, C) in x's dtype. ValueError: shapes that do not fit, C > 8192 (on a GPU)."""
+    """x (B, T, C), shift and scale (B, C), any stride of B -> (B, T, C) in x's dtype.
+    ValueError: shapes that do not fit, C > 8192 (on a GPU)."""
     which = form(x)
     if which == "triton":
         return modulate_triton(x, None, None, shift, scale, eps)[0]
@@ -469,7 +479,8 @@ def modulate(x, shift, scale, eps=1e-6):
 
 
 def add_modulate(x, r, gate, shift, scale, eps=1e-6):
-    """x, r (B, T, C), gate, shift and scale (B, C) -> y = modulate(s), s = x + gate r, both in x + r's dtype. Errors as modulate."""
+    """x, r (B, T, C), gate, shift and scale (B, C) -> y = modulate(s), s = x + gate r, both in x + r's dtype.
+    Errors as modulate."""
     if form(x) == "triton":
         return modulate_triton(x, r, gate, shift, scale, eps)
     s = torch.addcmul(x, gate[:, None], r)
@@ -516,12 +527,12 @@ def group_norm_silu_torch(x, w, b, groups, eps=1e-5, silu=True):
 
 
 if triton is not None:
-    # A program takes one group of one sample: CG channels of P pixels, which lie together (contiguous) or CG in every pixel's C (channels
-    # last). What fits one tile is read once; otherwise the second pass finds it in the cache.
+    # A program takes one group of one sample: CG channels of P pixels, which lie together (contiguous) or CG in every
+    # pixel's C (channels last). What fits one tile is read once; otherwise the second pass finds it in the cache.
 
     @triton.jit
-    def group_norm_fwd_kernel(x, w, b, y, stats, G, CG, P, eps, LAST: tl.constexpr, SILU: tl.constexpr, ONE: tl.constexpr, BC: tl.constexpr,
-                              BP: tl.constexpr):
+    def group_norm_fwd_kernel(x, w, b, y, stats, G, CG, P, eps, LAST: tl.constexpr, SILU: tl.constexpr,
+                              ONE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
         i = tl.program_id(0).to(tl.int64)
         i_g = i % G
         base = i // G * G * CG * P + (i_g * CG if LAST else i_g * CG * P)
@@ -545,7 +556,8 @@ if triton is not None:
                 n, had = CG * tl.minimum(BP, P - p) * 1.0, CG * p * 1.0
                 here = tl.sum(tl.sum(b_x, 1, keep_dims=True), 0, keep_dims=True) / n
                 d = tl.where(m, b_x - here, 0.0)
-                m2 += tl.sum(tl.sum(d * d, 1, keep_dims=True), 0, keep_dims=True) + (here - mean) * (here - mean) * (had * n / (had + n))
+                m2 += (tl.sum(tl.sum(d * d, 1, keep_dims=True), 0, keep_dims=True)
+                       + (here - mean) * (here - mean) * (had * n / (had + n)))
                 mean += (here - mean) * (n / (had + n))
         rstd = tl.rsqrt(m2 / (CG * P) + eps)
         o_1 = tl.zeros((1, 1), tl.int32)
@@ -561,7 +573,7 @@ if triton is not None:
                 z = z * tl.sigmoid(z)
             tl.store(y + o, z, mask=m)
 
-    # z = n w + b, y = z sigma(z), so dz = dy sigma(z) (1 + z (1 - sigma(z))). With g = w dz, means over the group's N numbers:
+    # z = n w + b, y = z sigma(z): dz = dy sigma(z) (1 + z (1 - sigma(z))); g = w dz, means over the group's N numbers:
     #   dx = rstd (g - mean(g) - n mean(g n)),   dw = sum over samples and pixels of dz n,   db = sum of dz
 
     @triton.jit
@@ -570,8 +582,8 @@ if triton is not None:
         return dy * q * (1 + z * (1 - q))
 
     @triton.jit
-    def group_norm_bwd_kernel(dy, x, w, b, stats, dx, sums, G, CG, P, LAST: tl.constexpr, SILU: tl.constexpr, ONE: tl.constexpr, BC: tl.constexpr,
-                              BP: tl.constexpr):
+    def group_norm_bwd_kernel(dy, x, w, b, stats, dx, sums, G, CG, P, LAST: tl.constexpr, SILU: tl.constexpr,
+                              ONE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
         i = tl.program_id(0).to(tl.int64)
         i_g = i % G
         base = i // G * G * CG * P + (i_g * CG if LAST else i_g * CG * P)
@@ -618,7 +630,8 @@ if triton is not None:
         return CG, P, dict(LAST=last(x), ONE=one, BC=BC, BP=BP, num_warps=8 if BC * BP >= 2048 else 4)
 
     @torch.library.custom_op("kernels::group_norm_silu", mutates_args=())
-    def group_norm_op(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, groups: int, eps: float, silu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def group_norm_op(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, groups: int, eps: float, silu: bool
+                      ) -> tuple[torch.Tensor, torch.Tensor]:
         """-> y, stats (rstd, mean) for backward."""
         y, stats = torch.empty_like(x), torch.empty(2, x.shape[0] * groups, dtype=torch.float32, device=x.device)
         if x.numel():
@@ -631,13 +644,14 @@ if triton is not None:
         return torch.empty_like(x), x.new_empty(2, x.shape[0] * groups, dtype=torch.float32)
 
     @torch.library.custom_op("kernels::group_norm_silu_bwd", mutates_args=())
-    def group_norm_bwd_op(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, stats: torch.Tensor, groups: int,
-                          silu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def group_norm_bwd_op(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, stats: torch.Tensor,
+                          groups: int, silu: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """-> dx, and dw with db below it: (2, C) fp32."""
         dx, sums = torch.empty_like(x), torch.empty(2, *x.shape[:2], dtype=torch.float32, device=x.device)
         if x.numel():
             CG, P, config = group_config(x, groups)
-            group_norm_bwd_kernel[(x.shape[0] * groups,)](dy, x, w, b, stats, dx, sums, groups, CG, P, SILU=silu, **config)
+            group_norm_bwd_kernel[(x.shape[0] * groups,)](dy, x, w, b, stats, dx, sums, groups, CG, P,
+                                                          SILU=silu, **config)
         return dx, sums.sum(1)
 
     @group_norm_bwd_op.register_fake
@@ -658,11 +672,12 @@ if triton is not None:
 
 
 def group_norm_silu(x, w, b, groups, eps=1e-5, silu=True):
-    """x (B, C, ...), contiguous or channels last, w and b (C,) -> the same shape, layout and dtype; without silu GroupNorm alone.
-    ValueError: shapes that do not fit."""
+    """x (B, C, ...), contiguous or channels last, w and b (C,) -> the same shape, layout and dtype; without silu
+    GroupNorm alone. ValueError: shapes that do not fit."""
     which = form(x)
     if which != "triton":
         return (group_norm_silu_ref if which == "ref" else group_norm_silu_torch)(x, w, b, groups, eps, silu)
     if w.shape != x.shape[1:2] or b.shape != w.shape or x.shape[1] % groups:
-        raise ValueError(f"group_norm_silu: shapes {[tuple(t.shape) for t in (x, w, b)]} and {groups} groups, expected x (B, C, ...), w, b (C,), C % groups == 0")
+        raise ValueError(f"group_norm_silu: shapes {[tuple(t.shape) for t in (x, w, b)]} and {groups} groups, "
+                         "expected x (B, C, ...), w, b (C,), C % groups == 0")
     return group_norm_op(x if last(x) else x.contiguous(), w, b, groups, eps, silu)[0]

@@ -11,28 +11,29 @@ Retention: linear attention whose state decays, chunk by chunk with matrix produ
     dq_i = sum_j B_ij k_j + exp(a (i + 1)) do_i S^T          dk_j = sum_i B_ij q_i + exp(a (c - 1 - j)) v_j R^T
     dv_j = sum_i A_ij do_i + exp(a (c - 1 - j)) k_j R        R'   = exp(a c) R + sum_i exp(a (i + 1)) q_i^T do_i
 
-Every exponent is a difference of times, never a quotient of decays, so nothing overflows however small a decay is. With a decay
-for each step and head (Mamba-2), a (i - j) becomes L_i - L_j and a (i + 1) becomes L_i of the chunk's cumulative sums L of the log
-decays, and no more changes: a load of (c,) and a cumsum, and for the decays' gradient dL_i = q_i . dq_i - k_i . dk_i, summed from the
-end (kernels/ssd.py is that, with its own shapes). A decay for each key channel (RWKV-6) would go inside the product q_i . k_j.
+Every exponent is a difference of times, never a quotient of decays, so nothing overflows however small a decay is. With
+a decay for each step and head (Mamba-2), a (i - j) becomes L_i - L_j and a (i + 1) becomes L_i of the chunk's
+cumulative sums L of the log decays, and no more changes: a load of (c,) and a cumsum, and for the decays' gradient
+dL_i = q_i . dq_i - k_i . dk_i, summed from the end (kernels/ssd.py is that, with its own shapes). A decay for each key
+channel (RWKV-6) would go inside the product q_i . k_j.
 
 Shapes: q, k (B, T, H, K), v (B, T, H, V), log_decay (H,) fp32, <= 0, initial (B, H, K, V) or None
-     -> o (B, T, H, V) in v's dtype, final (B, H, K, V) fp32 (fp64 for fp64). q, k and v of one dtype: fp32, bf16 or fp16;
-any strides, as views of a projection have them (the kernels copy only where the last dimension is not contiguous).
-K and V at most 512 in the kernels. The state and all sums are fp32; A, B and the state are rounded to the inputs' dtype to
-be multiplied. log_decay takes no gradient. Under autocast q, k and v are cast to its dtype.
+     -> o (B, T, H, V) in v's dtype, final (B, H, K, V) fp32 (fp64 for fp64). q, k and v of one dtype: fp32, bf16 or
+fp16; any strides, as views of a projection have them (the kernels copy only where the last dimension is not
+contiguous). K and V at most 512 in the kernels. The state and all sums are fp32; A, B and the state are rounded to the
+inputs' dtype to be multiplied. log_decay takes no gradient. Under autocast q, k and v are cast to its dtype.
 
-Saved for backward: the inputs; the kernels make the states again (the plain form keeps one a chunk), A and B are made again in both.
-Bytes: each launch reads its inputs and writes its result, and no state or product between: the floor for forward, and in
-backward (dq, dk, dv: three launches of the same kernel) each input once a launch. The programs that share a head's columns
-(7 at V = 432) read x and y each, from the cache: they run side by side.
-FLOPs: 2 T (c K + c V + 2 K V) a head forward, three times that backward; the products with the c x c matrices are computed whole.
+Saved for backward: the inputs; the kernels make states again (the plain form keeps one a chunk), both forms A and B.
+Bytes: each launch reads its inputs and writes its result, and no state or product between: the floor for forward, and
+in backward (dq, dk, dv: three launches of the same kernel) each input once a launch. The programs that share a head's
+columns (7 at V = 432) read x and y each, from the cache: they run side by side.
+FLOPs: 2 T (c K + c V + 2 K V) a head forward, three times that backward; products with c x c matrices are done whole.
 
-CPU, fp32: token by token as a loop in C, backward too, half of the chunks' time (CompiledRetention); in 16 bits, in fp64, under
-torch.compile and without a compiler the chunks, in PyTorch's products (Retention).
+CPU, fp32: token by token as a loop in C, backward too, half of the chunks' time (CompiledRetention); in 16 bits, in
+fp64, under torch.compile and without a compiler the chunks, in PyTorch's products (Retention).
 
 gated_norm: y = silu(z) * o r,  r = 1 / sqrt(mean(o^2) + eps) over the last dimension (eq. 8's group norm, per head).
-    with s = silu(z), u = o r:  do = r (dy s - u mean(dy s u)),  dz = dy u silu'(z). Only o and z are saved; 3 + 5 passes, the floor.
+    with s = silu(z), u = o r:  do = r (dy s - u mean(dy s u)), dz = dy u silu'(z). Saves o, z; 3 + 5 passes, the floor.
 """
 import ctypes
 import functools
@@ -64,11 +65,12 @@ def form(x):
 
 
 # ----- c (shared) -----
-# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C here, which gcc or
-# clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with KERNELS_C=0, the plain form in PyTorch serves.
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C
+# here, which gcc or clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with
+# KERNELS_C=0, the plain form in PyTorch serves.
 @functools.cache
 def compiled(source):
-    """The C source as a library, or None where there is no compiler. Its loops run on PyTorch's OpenMP threads: those are loaded already."""
+    """The C source as a library, None without a compiler. Its loops run on PyTorch's OpenMP threads, loaded already."""
     cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if not cc or os.environ.get("KERNELS_C") == "0":
         return None
@@ -79,14 +81,16 @@ def compiled(source):
             subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
             return ctypes.CDLL(str(Path(tmp, "c.so")))
     except (OSError, subprocess.CalledProcessError) as e:
-        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; KERNELS_C=0 asks for those")
+        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; "
+                      "KERNELS_C=0 asks for those")
         return None
 
 
 def call(function, *args):
-    """function(*args): contiguous tensors (or None) as pointers, numbers as int64. Fake tensors, which only have a shape, are left alone."""
+    """function(*args): contiguous tensors or None as pointers, ints as int64. Fake tensors are only shapes: no call."""
     if not any(isinstance(a, torch._subclasses.FakeTensor) for a in args):
-        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr()) for a in args))
+        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
+                   for a in args))
 # ----- end -----
 
 
@@ -124,8 +128,8 @@ def unchunk(x, out):
 
 
 def decays(a, n, c, T, dtype):
-    """a (H,) -> exp(a (i - j)) for i >= j, else 0 (H, c, c); exp(a (i + 1)) (H, c, 1); and for each of the n chunks of l = c tokens, of
-    which the last may have fewer, exp(a (l - 1 - j)) (n, 1, H, c, 1) and exp(a l) (n, 1, H, 1, 1)."""
+    """a (H,) -> exp(a (i - j)) for i >= j, else 0 (H, c, c); exp(a (i + 1)) (H, c, 1); and for each of the n chunks of
+    l = c tokens, of which the last may have fewer, exp(a (l - 1 - j)) (n, 1, H, c, 1) and exp(a l) (n, 1, H, 1, 1)."""
     i, a = torch.arange(c, device=a.device), a[:, None, None]
     left = (T - c * torch.arange(n, device=a.device)).clamp(max=c)[:, None, None, None, None]  # l
     inside, before = torch.exp(a * (i[:, None] - i).clamp(min=0)).tril(), torch.exp(a * (i + 1)[:, None])
@@ -134,8 +138,8 @@ def decays(a, n, c, T, dtype):
 
 
 class Retention(torch.autograd.Function):
-    """Some sequences at a time, so that their A fits a core's cache, all chunks of theirs in one batch of products; only the states
-    go from chunk to chunk. Saved for backward: the inputs and the states between chunks."""
+    """Some sequences at a time, so that their A fits a core's cache, all chunks of theirs in one batch of products;
+    only the states go from chunk to chunk. Saved for backward: the inputs and the states between chunks."""
 
     @staticmethod
     def sizes(q):
@@ -184,7 +188,7 @@ class Retention(torch.autograd.Function):
             dq_c, dk_c = D @ k_c, D.mT @ q_c
             dv_c = (q_c @ k_c.mT).mul_(inside).mT @ do_c
             if n > 1 or initial is not None:
-                R = ((q_c * before).mT @ do_c).to(wide)  # (n, b, H, K, V): dL/dS of the state before each chunk, by its o; then in all
+                R = ((q_c * before).mT @ do_c).to(wide)  # (n, b, H, K, V): dL/dS before a chunk, by its o; then in all
             if dfinal is not None:
                 dk_c[-1] += (v_c[-1] * after[-1]) @ dfinal[b].to(v.dtype).mT
                 dv_c[-1] += (k_c[-1] * after[-1]) @ dfinal[b].to(v.dtype)
@@ -204,8 +208,8 @@ class Retention(torch.autograd.Function):
         return dq[:, :T], dk[:, :T], dv[:, :T], None, dinitial
 
 
-# The recurrence as it is written at the top, W columns of S at once; or from the last token to the first, S_t = e^a S_{t+1} + k_t^T v_t.
-# Gradients are such scans too, with R = dL/dS, and S turned where v is on q's side:
+# The recurrence as it is written at the top, W columns of S at once; or from the last token to the first,
+# S_t = e^a S_{t+1} + k_t^T v_t. Gradients are such scans too, with R = dL/dS, and S turned where v is on q's side:
 #     dq = scan(do, v, k) with S^T,   dv = scan backward(k, q, do) with R,   dk = scan backward(v, do, q) with R^T
 SOURCE = r"""
 #include <stdint.h>
@@ -214,10 +218,10 @@ enum { W = 16 * M };  /* columns of S at once: 16 floats are a vector */
 typedef int64_t num;
 typedef float vec __attribute__((vector_size(64)));
 
-/* q, k (B, T, H, K), v (B, T, H, V), g (H) the decays e^a -> o (B, T, H, V). state (B, H, K, V), or (B, H, V, K) if turned: before the
-   first token that is read, then after the last; backward decays it once more, which makes it R of the token before. */
-void scan(const float *q, const float *k, const float *v, const float *g, float *o, float *state, num B, num T, num H, num K, num V,
-          num backward, num turned) {
+/* q, k (B, T, H, K), v (B, T, H, V), g (H) the decays e^a -> o (B, T, H, V). state (B, H, K, V), or (B, H, V, K) if
+   turned: before the first token read, then after the last; backward decays it once more, to R of the token before. */
+void scan(const float *q, const float *k, const float *v, const float *g, float *o, float *state,
+          num B, num T, num H, num K, num V, num backward, num turned) {
     num blocks = (V + W - 1) / W;
     #pragma omp parallel for schedule(static) if (B * H * T * K > 2048)
     for (num i = 0; i < B * H * blocks; i++) {
@@ -255,9 +259,10 @@ def library(M):
 
 
 def scan(q, k, v, g, state, backward=False, turned=False):
-    """q, k (B, T, H, K), v (B, T, H, V), g (H,) -> o like v, fp32; state, (B, H, K, V) or turned, becomes the last one."""
+    """q, k (B, T, H, K), v (B, T, H, V), g (H,) -> o like v, fp32; state, (B, H, K, V) or turned, becomes the last."""
     o, V = torch.empty_like(v), v.shape[3]
-    call(library(4 if V > 32 else 2 if V > 16 else 1).scan, q, k, v, g, o, state, *q.shape, V, int(backward), int(turned))
+    call(library(4 if V > 32 else 2 if V > 16 else 1).scan, q, k, v, g, o, state, *q.shape, V,
+         int(backward), int(turned))
     return o
 
 
@@ -268,7 +273,8 @@ class CompiledRetention(torch.autograd.Function):
     def forward(ctx, q, k, v, log_decay, initial):
         q, k, v = (x.contiguous() for x in (q, k, v))
         g = log_decay.float().exp()
-        S = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if initial is None else initial.to(v.dtype, copy=True).contiguous()
+        S = (v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if initial is None else
+             initial.to(v.dtype, copy=True).contiguous())
         ctx.save_for_backward(q, k, v, g, initial)
         ctx.set_materialize_grads(False)  # an unused final brings no gradient
         return scan(q, k, v, g, S), S
@@ -278,8 +284,8 @@ class CompiledRetention(torch.autograd.Function):
     def backward(ctx, do, dfinal):
         q, k, v, g, initial = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else do.contiguous()
-        S, R = (v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if x is None else x.to(v.dtype, copy=True).contiguous()
-                for x in (initial, dfinal))
+        S, R = (v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if x is None else
+                x.to(v.dtype, copy=True).contiguous() for x in (initial, dfinal))
         dq = scan(do, v, k, g, S, turned=True)
         dk = scan(v, do, q, g, R.clone(), backward=True, turned=True)
         dv = scan(k, q, do, g, R, backward=True)
@@ -315,15 +321,15 @@ class GatedNorm(torch.autograd.Function):
 
 if triton is not None:
     # Forward and the three gradients are one computation on different tensors, x and y (T, N), z (T, M) -> out (T, M):
-    #     out_i = sum_j exp(a |i - j|) (x_i . y_j) z_j + f_i x_i S,   S' = exp(a c) S + sum_j f'_j y_j^T z_j        S (N, M)
-    #     o:  q, k, v     dq:  do, v, k with S^T          over j <= i,   f_i = exp(a (i + 1)),      f'_j = exp(a (c - 1 - j))
+    #     out_i = sum_j exp(a |i - j|) (x_i . y_j) z_j + f_i x_i S,   S' = exp(a c) S + sum_j f'_j y_j^T z_j    S (N, M)
+    #     o:  q, k, v     dq:  do, v, k with S^T     over j <= i,   f_i = exp(a (i + 1)),      f'_j = exp(a (c - 1 - j))
     #     dv: k, q, do    dk:  v, do, q, with R in S's place, from the last chunk to the first,
-    #                                                     over j >= i,   f_i = exp(a (c - 1 - i)),  f'_j = exp(a (j + 1))
-    # A program owns BZ columns of out and of S, which stays in registers (fp32) from the first chunk to the last: nothing but
-    # the inputs and the result goes through memory, and dq makes the states again rather than reading them. The N rows are G
-    # slices of BN, a leading dimension of x, y and S: products are batches of G, one for each warp, which so holds its own
-    # slice of every operand; the sums over G then add up what a product over N would (with one large product each warp holds
-    # nearly all of S as an operand and spills).
+    #                                                over j >= i,   f_i = exp(a (c - 1 - i)),  f'_j = exp(a (j + 1))
+    # A program owns BZ columns of out and of S, which stays in registers (fp32) from the first chunk to the last:
+    # nothing but the inputs and the result goes through memory, and dq makes the states again rather than reading them.
+    # The N rows are G slices of BN, a leading dimension of x, y and S: products are batches of G, one for each warp,
+    # which so holds its own slice of every operand; the sums over G then add up what a product over N would (with one
+    # large product each warp holds nearly all of S as an operand and spills).
 
     @triton.jit
     def retention_kernel(x, y, z, out, log_decay, initial, final, sx, sy, sz, so, ss, H, T, M, N: tl.constexpr,
@@ -337,7 +343,7 @@ if triton is not None:
         z += i_b * sz[0] + i_h * sz[2]
         out += i_b * so[0] + i_h * so[2]
         o_g, i, o_z = tl.arange(0, G)[:, None, None] * BN, tl.arange(0, BT), i_z * BZ + tl.arange(0, BZ)[None, :]
-        o_n, o_k = o_g + tl.arange(0, BN)[None, None, :], o_g + tl.arange(0, BN)[None, :, None]  # [G, 1, BN], [G, BN, 1]
+        o_n, o_k = o_g + tl.arange(0, BN)[None, None, :], o_g + tl.arange(0, BN)[None, :, None]  # [G, 1, BN] [G, BN, 1]
         m_n, m_z = o_n < N, o_z < M
         m_s = (o_k < N) & m_z[None]
         o_s = i_bh * N * M + o_k * ss[0] + o_z[None] * ss[1]
@@ -360,7 +366,8 @@ if triton is not None:
             b_y = tl.permute(b_y, (0, 2, 1))  # [G, BN, BT]
             from_start, to_end = tl.exp(a * (i + 1))[:, None], tl.exp(a * tl.maximum(c - 1 - i, 0))[:, None]
             b_a = tl.sum(tl.dot(b_x, b_y, input_precision="ieee"), 0) * b_decay  # [BT, BT]
-            b_o = tl.sum(tl.dot(b_x, b_s.to(b_x.dtype), input_precision="ieee"), 0) * (to_end if REVERSE else from_start)
+            b_o = (tl.sum(tl.dot(b_x, b_s.to(b_x.dtype), input_precision="ieee"), 0)
+                   * (to_end if REVERSE else from_start))
             b_o = tl.dot(b_a.to(b_z.dtype), b_z, b_o, input_precision="ieee")  # [BT, BZ]
             tl.store(out + o_t * so[1] + o_z, b_o, mask=m_t & m_z)
             b_z = (b_z.to(tl.float32) * (from_start if REVERSE else to_end)).to(b_z.dtype)
@@ -370,11 +377,12 @@ if triton is not None:
             tl.store(final + o_s, b_s, mask=m_s)
 
     def config(x, N):
-        """Slices of 32 rows, a warp for each up to 8. No spills on sm_89, at most 67,584 bytes of shared memory. fp32 is "ieee",
-        plain FMAs: on sm_89 three tf32 products would be no faster."""
+        """Slices of 32 rows, a warp for each up to 8. No spills on sm_89, at most 67,584 bytes of shared memory. fp32
+        is "ieee", plain FMAs: on sm_89 three tf32 products would be no faster."""
         G = max(2, triton.next_power_of_2(N) // 32)
         BT, BZ = (16, 16) if x.element_size() == 4 else (32, 32) if G <= 4 else (16, 64) if G == 8 else (16, 32)
-        return dict(N=N, G=G, BN=32, BT=BT, BZ=BZ, num_warps=min(8, max(4, G)), num_stages=1 if x.element_size() == 4 else 2)
+        return dict(N=N, G=G, BN=32, BT=BT, BZ=BZ, num_warps=min(8, max(4, G)),
+                    num_stages=1 if x.element_size() == 4 else 2)
 
     def launch(x, y, z, out, log_decay, initial, final, transposed, reverse):
         """initial and final (B, H, K, V); transposed: the state is V x K, that is N = V."""
@@ -403,8 +411,8 @@ if triton is not None:
         return v.new_empty(v.shape), v.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
 
     @torch.library.custom_op("kernels::retention_bwd", mutates_args=())
-    def retention_bwd_op(do: torch.Tensor, dfinal: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                         log_decay: torch.Tensor, initial: torch.Tensor | None
+    def retention_bwd_op(do: torch.Tensor, dfinal: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor,
+                         v: torch.Tensor, log_decay: torch.Tensor, initial: torch.Tensor | None
                          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> dq, dk, dv, dinitial (empty without initial)."""
         do, q, k, v = rows(do, q, k, v)
@@ -460,7 +468,7 @@ if triton is not None:
         b_u, sigmoid = b_o * r, tl.sigmoid(b_z)
         b_g = b_dy * b_z * sigmoid
         tl.store(do + i, r * (b_g - b_u * (tl.sum(b_g * b_u, 1, keep_dims=True) / V)), mask=m)
-        tl.store(dz + i, b_dy * b_u * sigmoid * (1 + b_z * (1 - sigmoid)), mask=m)  # silu' = sigmoid (1 + z (1 - sigmoid))
+        tl.store(dz + i, b_dy * b_u * sigmoid * (1 + b_z * (1 - sigmoid)), mask=m)  # silu' = sigma (1 + z (1 - sigma))
 
     def row_config(o):
         """-> M, V, grid, constexprs."""
@@ -481,7 +489,8 @@ if triton is not None:
         return o.new_empty(o.shape)
 
     @torch.library.custom_op("kernels::gated_norm_bwd", mutates_args=())
-    def gated_norm_bwd_op(dy: torch.Tensor, o: torch.Tensor, z: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def gated_norm_bwd_op(dy: torch.Tensor, o: torch.Tensor, z: torch.Tensor, eps: float
+                          ) -> tuple[torch.Tensor, torch.Tensor]:
         M, V, grid, how = row_config(o)
         do, dz = o.new_empty(o.shape), z.new_empty(z.shape)
         gated_norm_bwd_kernel[grid](dy.contiguous(), o.contiguous(), z.contiguous(), do, dz, M, V, eps, **how)
@@ -495,13 +504,14 @@ if triton is not None:
         o, z, ctx.eps = inputs
         ctx.save_for_backward(o, z)
 
-    gated_norm_op.register_autograd(lambda ctx, dy: (*gated_norm_bwd_op(dy, *ctx.saved_tensors, ctx.eps), None), setup_context=save_rows)
+    gated_norm_op.register_autograd(lambda ctx, dy: (*gated_norm_bwd_op(dy, *ctx.saved_tensors, ctx.eps), None),
+                                    setup_context=save_rows)
 
 
 def retention(q, k, v, log_decay, initial=None):
-    """q, k (B, T, H, K), v (B, T, H, V), log_decay (H,) <= 0, initial (B, H, K, V) or None: the state before the first token
-    -> o (B, T, H, V) in v's dtype, final (B, H, K, V) fp32: the state after the last. T >= 1. ValueError: shapes or dtypes
-    that do not fit; on a GPU also K or V > 512."""
+    """q, k (B, T, H, K), v (B, T, H, V), log_decay (H,) <= 0, initial (B, H, K, V) or None: the state before the first
+    token -> o (B, T, H, V) in v's dtype, final (B, H, K, V) fp32: the state after the last. T >= 1. ValueError: shapes
+    or dtypes that do not fit; on a GPU also K or V > 512."""
     B, T, H, K = q.shape
     if k.shape != q.shape or v.shape[:3] != (B, T, H) or log_decay.shape != (H,) or not T or (
             initial is not None and initial.shape != (B, H, K, v.shape[3])):
@@ -518,7 +528,7 @@ def retention(q, k, v, log_decay, initial=None):
 
 
 def gated_norm(o, z, eps=1e-6):
-    """o, z (..., V) -> y = silu(z) * o / sqrt(mean(o^2) + eps) (..., V), o's dtype. ValueError: two shapes; on a GPU V > 8192."""
+    """o, z (..., V) -> y = silu(z) * o / sqrt(mean(o^2) + eps), like o. ValueError: two shapes; on a GPU V > 8192."""
     if o.shape != z.shape or o.shape[-1] > 8192:
         raise ValueError(f"gated_norm: shapes {tuple(o.shape)}, {tuple(z.shape)}; expected two of (..., V), V <= 8192")
     which = form(o)

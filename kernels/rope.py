@@ -2,15 +2,16 @@
 Rotary position embedding: each pair of channels of a query or key is turned by an angle that grows with its position
     Su et al. 2021, arXiv:2104.09864v5, eq. 34
 
-    (y1, y2) = (x1 cos - x2 sin, x2 cos + x1 sin)           for the D/2 pairs (x1, x2) of a head, cos and sin of the position
-    pairs        half-split: x1 = x[:D/2], x2 = x[D/2:] (Llama, "rotate_half");  interleaved: x1 = x[::2], x2 = x[1::2] (the paper)
+    (y1, y2) = (x1 cos - x2 sin, x2 cos + x1 sin)      for the D/2 pairs (x1, x2) of a head, cos and sin of the position
+    pairs        half-split: x1 = x[:D/2], x2 = x[D/2:] (Llama, "rotate_half");
+                 interleaved: x1 = x[::2], x2 = x[1::2] (the paper)
     backward     the inverse turn, dx = rope(dy, cos, -sin);  cos and sin take no gradient
 
-Shapes: x (B, T, H, D), any strides (the kernel copies only where the last dimension is not contiguous); cos, sin (T, D/2), or
-(T, H, D/2) where they differ by head -> y (B, T, H, D), contiguous, in x's dtype. A factor on the tables (RetNet's 1 / sqrt(K),
-YaRN's temperature) is a factor on y, and is there in backward too. fp32 arithmetic.
-Saved for backward: the tables. Bytes: x, y and the tables once when T has blocks enough to fill the GPU, which is the floor; else
-the tables once for each of the programs that share out the batch. FLOPs: 3 an element: memory is the bound.
+Shapes: x (B, T, H, D), any strides (the kernel copies only where the last dimension is not contiguous); cos, sin
+(T, D/2), or (T, H, D/2) where they differ by head -> y (B, T, H, D), contiguous, in x's dtype. A factor on the tables
+(RetNet's 1 / sqrt(K), YaRN's temperature) is a factor on y, and is there in backward too. fp32 arithmetic.
+Saved for backward: the tables. Bytes: x, y and the tables once when T has blocks enough to fill the GPU, which is the
+floor; else the tables once for each of the programs that share out the batch. FLOPs: 3 an element: memory is the bound.
 """
 import os
 
@@ -44,7 +45,7 @@ def rope_ref(x, cos, sin, interleaved=False):
 
 
 class Rope(torch.autograd.Function):
-    """One pass over x: neighbours are a complex number times cos + i sin, halves are written straight to their places."""
+    """One pass over x: neighbours are a complex number times cos + i sin, halves go straight to their places."""
 
     @staticmethod
     def turn(x, cos, sin, interleaved):
@@ -77,9 +78,9 @@ if triton is not None:
     @triton.jit
     def rope_kernel(x, cos, sin, y, sx, B, T, H, D2, INVERSE: tl.constexpr, INTERLEAVED: tl.constexpr, BT: tl.constexpr,
                     BH: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr):
-        """sx: strides (batch, time, head) of x. A program holds the angles of BT tokens and turns all heads of its sequences."""
+        """sx: strides (batch, time, head). A program holds BT tokens' angles and turns all heads of its sequences."""
         o_t, o_h = tl.program_id(0) * BT + tl.arange(0, BT)[:, None, None], tl.arange(0, BH)[None, :, None]
-        o_c, o_d = tl.arange(0, BC)[None, :, None], tl.arange(0, BD)[None, None, :]  # BC: 1 row of angles, or one a head
+        o_c, o_d = tl.arange(0, BC)[None, :, None], tl.arange(0, BD)[None, None, :]  # BC: 1 row of angles or one a head
         o = (o_t.to(tl.int64) * (1 if BC == 1 else H) + o_c) * D2 + o_d  # [BT, BC, BD]
         m = (o_t < T) & (o_c < H) & (o_d < D2)
         b_cos = tl.load(cos + o, mask=m, other=0.0).to(tl.float32)
@@ -104,15 +105,17 @@ if triton is not None:
                 tl.store(p_y + D2 + o_d, b_2 * b_cos + b_1 * b_sin, mask=m & (o_d < D2))
 
     @torch.library.custom_op("kernels::rope", mutates_args=())
-    def rope_op(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, inverse: bool) -> torch.Tensor:
+    def rope_op(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool,
+                inverse: bool) -> torch.Tensor:
         x = x if x.stride(3) == 1 else x.contiguous()
         (B, T, H, D), y = x.shape, x.new_empty(x.shape)
         BH, BD = triton.next_power_of_2(H), triton.next_power_of_2(D // 2)
         BT = max(1, 2048 // (BH * BD))
         n_t = triton.cdiv(T, BT)
-        n_b = max(1, min(B, 2 * 46 // n_t))  # more than one where T alone does not give each multiprocessor (46: an RTX 4070) two
-        rope_kernel[(n_t, n_b)](x, cos.contiguous(), sin.contiguous(), y, x.stride()[:3], B, T, H, D // 2, INVERSE=inverse,
-                                INTERLEAVED=interleaved, BT=BT, BH=BH, BC=1 if cos.ndim == 2 else BH, BD=BD, num_warps=4)
+        n_b = max(1, min(B, 2 * 46 // n_t))  # > 1 if T alone does not give each multiprocessor (46: an RTX 4070) two
+        rope_kernel[(n_t, n_b)](
+            x, cos.contiguous(), sin.contiguous(), y, x.stride()[:3], B, T, H, D // 2, INVERSE=inverse,
+            INTERLEAVED=interleaved, BT=BT, BH=BH, BC=1 if cos.ndim == 2 else BH, BD=BD, num_warps=4)
         return y
 
     @rope_op.register_fake
@@ -130,11 +133,11 @@ if triton is not None:
 
 
 def rope(x, cos, sin, interleaved=False):
-    """x (B, T, H, D), cos and sin (T, D/2) or (T, H, D/2) -> y (B, T, H, D), x's dtype. ValueError: shapes that do not fit."""
+    """x (B, T, H, D), cos and sin (T, D/2) or (T, H, D/2) -> y like x. ValueError: shapes that do not fit."""
     B, T, H, D = x.shape
     if cos.shape != sin.shape or cos.shape not in ((T, D // 2), (T, H, D // 2)) or D % 2:
-        raise ValueError(f"rope: shapes {[tuple(t.shape) for t in (x, cos, sin)]}; expected x (B, T, H, D), D even, and cos, sin "
-                         "(T, D/2) or (T, H, D/2)")
+        raise ValueError(f"rope: shapes {[tuple(t.shape) for t in (x, cos, sin)]}; expected x (B, T, H, D), D even, "
+                         "and cos, sin (T, D/2) or (T, H, D/2)")
     which = form(x)
     if which == "triton":
         return rope_op(x, cos, sin, interleaved, False)

@@ -6,18 +6,19 @@ What stands between the matrix products of RWKV-7, in one pass each
     gates(k, w, a, k_k, k_a, N)      w' = -e^{-1/2} sigma(w), the log of a decay;   a' = sigma(a)
                                      kappa = k k_k of length 1 in each head of N;   k' = k (1 + (a' - 1) k_a)
                                      -> w', k', -kappa, a' kappa: what wkv7 takes
-    readout(y, r, k, v, g, rho, weight, bias)   (norm(y) weight + bias + (sum r k rho) v) g,   norm and sum over each head,
+    readout(y, r, k, v, g, rho, weight, bias)  (norm(y) weight + bias + (sum r k rho) v) g, norm and sum over each head,
                                      norm(y) = (y - mean) / sqrt(var + 64e-5)
     squared_relu(k)                  max(k, 0)^2
 
-Shapes: h, k, w, a, y, r, v, g (B, T, C), last (B, C) or None, mu, k_k, k_a (1, 1, C), rho (H, N), weight, bias (C,), C = H N.
-fp32, bf16 or fp16; parameters may be fp32 beside 16-bit tensors. Results have the dtype of h, k or g; arithmetic is fp32, so
-autocast changes nothing. All are memory-bound. Autograd would keep up to ten tensors (B, T, C) for each of them; here the inputs
-are kept (most of them are what a product beside it keeps anyway), squared_relu keeps its output, since 2 max(k, 0) = 2 sqrt(y).
+Shapes: h, k, w, a, y, r, v, g (B, T, C), last (B, C) or None, mu, k_k, k_a (1, 1, C), rho (H, N), weight, bias (C,),
+C = H N. fp32, bf16 or fp16; parameters may be fp32 beside 16-bit tensors. Results have the dtype of h, k or g;
+arithmetic is fp32, so autocast changes nothing. All are memory-bound. Autograd would keep up to ten tensors (B, T, C)
+for each of them; here the inputs are kept (most of them are what a product beside it keeps anyway), squared_relu keeps
+its output, since 2 max(k, 0) = 2 sqrt(y).
 
-Bytes, E per element, n = B T C: token_shift with M mixes reads n and writes M n forward (h_{t-1} is the row before, in the
-cache); backward reads (1 + M) n and writes n; gates 7 and 10 n, readout 6 and 11 n, squared_relu 2 and 3 n: the floor. Parameters'
-gradients: one fp32 row for every 128 tokens, summed in a fixed order.
+Bytes, E per element, n = B T C: token_shift with M mixes reads n and writes M n forward (h_{t-1} is the row before, in
+the cache); backward reads (1 + M) n and writes n; gates 7 and 10 n, readout 6 and 11 n, squared_relu 2 and 3 n: the
+floor. Parameters' gradients: one fp32 row for every 128 tokens, summed in a fixed order.
 """
 import math
 import os
@@ -187,9 +188,9 @@ class SquaredReLU(torch.autograd.Function):
 
 
 if triton is not None:
-    # token_shift: a program has ROWS tokens of one sequence and BC channels. The others: the channels of one head and ROWS of the
-    # B T tokens, BM at a time, so that sums over a head are sums over a row. A parameter's gradient: each program writes the sum
-    # over its tokens, PyTorch adds these up.
+    # token_shift: a program has ROWS tokens of one sequence and BC channels. The others: the channels of one head and
+    # ROWS of the B T tokens, BM at a time, so that sums over a head are sums over a row. A parameter's gradient: each
+    # program writes the sum over its tokens, PyTorch adds these up.
 
     @triton.jit
     def load(x, o, m):
@@ -239,8 +240,8 @@ if triton is not None:
         return o_m.to(tl.int64) * C + tl.program_id(0) * N + o_n, (o_m < R) & (o_n < N)
 
     @triton.jit
-    def gates_fwd_kernel(k, w, a, k_k, k_a, w_out, k_out, minus, b, R, C, N: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr,
-                         BN: tl.constexpr, FASTEST: tl.constexpr):
+    def gates_fwd_kernel(k, w, a, k_k, k_a, w_out, k_out, minus, b, R, C, N: tl.constexpr, ROWS: tl.constexpr,
+                         BM: tl.constexpr, BN: tl.constexpr, FASTEST: tl.constexpr):
         o_p = tl.program_id(0) * N + tl.arange(0, BN)[None, :]
         m_p = tl.arange(0, BN)[None, :] < N
         b_kk, b_ka = load(k_k, o_p, m_p), load(k_a, o_p, m_p)
@@ -292,8 +293,8 @@ if triton is not None:
         return n * rstd, rstd, b_r, b_k, b_v, tl.sum(b_r * b_k * rho, 1, keep_dims=True)
 
     @triton.jit
-    def readout_fwd_kernel(y, r, k, v, g, rho, weight, bias, out, R, C, N: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr,
-                           BN: tl.constexpr, EPS: tl.constexpr):
+    def readout_fwd_kernel(y, r, k, v, g, rho, weight, bias, out, R, C, N: tl.constexpr, ROWS: tl.constexpr,
+                           BM: tl.constexpr, BN: tl.constexpr, EPS: tl.constexpr):
         o_p = tl.program_id(0) * N + tl.arange(0, BN)[None, :]
         m_p = tl.arange(0, BN)[None, :] < N
         b_rho, b_weight, b_bias = load(rho, o_p, m_p), load(weight, o_p, m_p), load(bias, o_p, m_p)
@@ -311,7 +312,8 @@ if triton is not None:
         o_p = tl.program_id(0) * N + tl.arange(0, BN)[None, :]
         m_p = tl.arange(0, BN)[None, :] < N
         b_rho, b_weight, b_bias = load(rho, o_p, m_p), load(weight, o_p, m_p), load(bias, o_p, m_p)
-        drho, dweight, dbias = tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32)
+        drho, dweight, dbias = (tl.zeros([BM, BN], tl.float32), tl.zeros([BM, BN], tl.float32),
+                                tl.zeros([BM, BN], tl.float32))
         for i in range(0, ROWS // BM):
             o, m = head_tile(i, R, C, N, ROWS, BM, BN)
             n, rstd, b_r, b_k, b_v, bonus = readout_tile(y, r, k, v, b_rho, o, m, N, EPS)
@@ -326,7 +328,8 @@ if triton is not None:
             dbias += b_do
             dweight += b_do * n
             dn = b_do * b_weight
-            tl.store(dy + o, rstd * (dn - tl.sum(dn, 1, keep_dims=True) / N - n * (tl.sum(dn * n, 1, keep_dims=True) / N)), mask=m)
+            tl.store(dy + o, rstd * (dn - tl.sum(dn, 1, keep_dims=True) / N
+                                     - n * (tl.sum(dn * n, 1, keep_dims=True) / N)), mask=m)
         dparams += tl.program_id(1) * C + o_p
         tl.store(dparams, tl.sum(drho, 0, keep_dims=True), mask=m_p)
         tl.store(dparams + tl.num_programs(1) * C, tl.sum(dweight, 0, keep_dims=True), mask=m_p)
@@ -374,7 +377,8 @@ if triton is not None:
         return [dh, dmu.sum(1)]
 
     @torch.library.custom_op("kernels::rwkv_gates", mutates_args=())
-    def gates_op(k: torch.Tensor, w: torch.Tensor, a: torch.Tensor, k_k: torch.Tensor, k_a: torch.Tensor, N: int) -> Tensors:
+    def gates_op(k: torch.Tensor, w: torch.Tensor, a: torch.Tensor, k_k: torch.Tensor, k_a: torch.Tensor,
+                 N: int) -> Tensors:
         grid, sizes, how = head_grid(k, N)
         outs = [k.new_empty(k.shape) for _ in range(4)]
         gates_fwd_kernel[grid](k, w, a, k_k, k_a, *outs, *sizes, FASTEST=FASTEST, **how)
@@ -390,19 +394,20 @@ if triton is not None:
         return [*grads, dparams.sum(1)]
 
     @torch.library.custom_op("kernels::rwkv_readout", mutates_args=())
-    def readout_op(y: torch.Tensor, r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, rho: torch.Tensor,
-                   weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def readout_op(y: torch.Tensor, r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor,
+                   rho: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         grid, sizes, how = head_grid(g, rho.shape[1])
         out = g.new_empty(g.shape)
         readout_fwd_kernel[grid](y, r, k, v, g, rho, weight, bias, out, *sizes, EPS=EPS, **how)
         return out
 
     @torch.library.custom_op("kernels::rwkv_readout_bwd", mutates_args=())
-    def readout_bwd_op(y: torch.Tensor, r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, rho: torch.Tensor,
-                       weight: torch.Tensor, bias: torch.Tensor, dout: torch.Tensor) -> Tensors:
+    def readout_bwd_op(y: torch.Tensor, r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor,
+                       rho: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dout: torch.Tensor) -> Tensors:
         """-> dy, dr, dk, dv, dg, and (3, C) for rho, weight and bias."""
         grid, (R, C), how = head_grid(g, rho.shape[1])
-        grads, dparams = [x.new_empty(x.shape) for x in (y, r, k, v, g)], g.new_empty(3, grid[1], C, dtype=torch.float32)
+        grads, dparams = ([x.new_empty(x.shape) for x in (y, r, k, v, g)],
+                          g.new_empty(3, grid[1], C, dtype=torch.float32))
         readout_bwd_kernel[grid](y, r, k, v, g, rho, weight, bias, dout, *grads, dparams, R, C, EPS=EPS, **how)
         return [*grads, dparams.sum(1)]
 

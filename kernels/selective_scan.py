@@ -2,26 +2,27 @@
 Selective scan: the recurrence of Mamba-1
     Gu & Dao 2023, arXiv:2312.00752v2, eq. 2a, 2b and algorithm 2
 
-    d_t = softplus(dt_t + dt_bias),  a_t = exp(d_t A)                      (E,) and (E, N): a decay for each channel and state
-    s_t = a_t s_{t-1} + d_t u_t B_t                                        (E, N)
+    d_t = softplus(dt_t + dt_bias),  a_t = exp(d_t A)                (E,) and (E, N): a decay for each channel and state
+    s_t = a_t s_{t-1} + d_t u_t B_t                                  (E, N)
     y_t = (sum_n C_tn s_tn + D u_t) silu(z_t)                              D, z, dt_bias, initial: None leaves them out
-    backward, with o = dy silu(z) and g_t = dL/ds_t = C_t o_t + a_{t+1} g_{t+1}  (after the last: dfinal), w_t = g_t a_t s_{t-1}:
+    backward, with o = dy silu(z), g_t = dL/ds_t = C_t o_t + a_{t+1} g_{t+1} (after T: dfinal), w_t = g_t a_t s_{t-1}:
     dC_t = sum_e o_t s_t,   dB_t = sum_e d_t u_t g_t,   q_t = sum_n B_t g_t,   du_t = d_t q_t + D o_t,   dD = sum o u
-    dd_t = u_t q_t + sum_n A w_t,   ddt_t = dd_t (1 - exp(-d_t)),   dA = sum_t d_t w_t,   dz = dy silu'(z) (y before the gate)
+    dd_t = u_t q_t + sum_n A w_t,   ddt_t = dd_t (1 - exp(-d_t)),   dA = sum_t d_t w_t,   dz = dy silu'(z) (ungated y)
 
-Shapes: u, dt, z (B, T, E), A (E, N), B, C (B, T, N), D, dt_bias (E,), initial (B, E, N) -> y (B, T, E) in u's dtype, final
-(B, E, N) fp32 (fp64 for fp64). fp32, bf16 or fp16, A, D and dt_bias may be fp32 beside 16-bit tensors; u, dt, z, B and C may be
-columns of wider tensors, as those of a projection are: the kernels take their strides. State and arithmetic are fp32.
+Shapes: u, dt, z (B, T, E), A (E, N), B, C (B, T, N), D, dt_bias (E,), initial (B, E, N) -> y (B, T, E) in u's dtype,
+final (B, E, N) fp32 (fp64 for fp64). fp32, bf16 or fp16, A, D and dt_bias may be fp32 beside 16-bit tensors; u, dt, z,
+B and C may be columns of wider tensors, as those of a projection are: the kernels take their strides. State and
+arithmetic are fp32.
 
-Saved for backward: the inputs and the state after every 64 tokens. Backward makes the states again: from 64 tokens to 64 tokens
-back, first those before each tile of 4, which stay in registers, then in each tile all of them.
+Saved for backward: the inputs and the state after every 64 tokens. Backward makes the states again: from 64 tokens to
+64 tokens back, first those before each tile of 4, which stay in registers, then in each tile all of them.
 Bytes: (B, T, E, N) is never in memory. Forward reads and writes each tensor once, and N/64 fp32 states an element of u
-(N = 16, bf16: 1/8 of the floor). Backward reads those, and writes what each block of 64 channels has of dB and dC, which PyTorch
-adds up in a fixed order: results repeat bit for bit. The rows of B and C that all blocks read come from the L2 cache.
-FLOPs: about 6 an element of the state forward, 22 backward, and 2 exponentials there: no matrix product, so no tensor cores.
+(N = 16, bf16: 1/8 of the floor). Backward reads those, and writes what each block of 64 channels has of dB and dC,
+which PyTorch adds up in a fixed order: results repeat bit for bit. Rows of B and C that all blocks read come from L2.
+FLOPs: about 6 a state element forward, 22 backward, and 2 exponentials there: no matrix product, so no tensor cores.
 
-CPU: the recurrence as a loop in C, 16 channels at once (CompiledScan); without a compiler, in fp64, and under torch.compile, chunks of 8
-tokens in PyTorch's operations (SelectiveScan).
+CPU: the recurrence as a loop in C, 16 channels at once (CompiledScan); without a compiler, in fp64, and under
+torch.compile, chunks of 8 tokens in PyTorch's operations (SelectiveScan).
 """
 import ctypes
 import functools
@@ -54,11 +55,12 @@ def form(x):
 
 
 # ----- c (shared) -----
-# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C here, which gcc or
-# clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with KERNELS_C=0, the plain form in PyTorch serves.
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C
+# here, which gcc or clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with
+# KERNELS_C=0, the plain form in PyTorch serves.
 @functools.cache
 def compiled(source):
-    """The C source as a library, or None where there is no compiler. Its loops run on PyTorch's OpenMP threads: those are loaded already."""
+    """The C source as a library, None without a compiler. Its loops run on PyTorch's OpenMP threads, loaded already."""
     cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if not cc or os.environ.get("KERNELS_C") == "0":
         return None
@@ -69,14 +71,16 @@ def compiled(source):
             subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
             return ctypes.CDLL(str(Path(tmp, "c.so")))
     except (OSError, subprocess.CalledProcessError) as e:
-        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; KERNELS_C=0 asks for those")
+        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; "
+                      "KERNELS_C=0 asks for those")
         return None
 
 
 def call(function, *args):
-    """function(*args): contiguous tensors (or None) as pointers, numbers as int64. Fake tensors, which only have a shape, are left alone."""
+    """function(*args): contiguous tensors or None as pointers, ints as int64. Fake tensors are only shapes: no call."""
     if not any(isinstance(a, torch._subclasses.FakeTensor) for a in args):
-        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr()) for a in args))
+        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
+                   for a in args))
 # ----- end -----
 
 
@@ -203,10 +207,10 @@ class SelectiveScan(torch.autograd.Function):
                 G.transpose(1, 2) if initial else None)
 
 
-# The recurrence as it is written at the top, for V channels at once, whose N states lie next to each other. Kept: the state before every
-# Q tokens. Backward takes those Q tokens from the last to the first: makes their states again, then goes back through them; what a
-# token's B and C collect from all channels is summed per lane until the Q tokens are done, and per thread until the call is: results
-# repeat bit for bit on the same number of threads.
+# The recurrence as it is written at the top, for V channels at once, whose N states lie next to each other. Kept: the
+# state before every Q tokens. Backward takes those Q tokens from the last to the first: makes their states again, then
+# goes back through them; what a token's B and C collect from all channels is summed per lane until the Q tokens are
+# done, and per thread until the call is: results repeat bit for bit on the same number of threads.
 V, Q = 16, 32
 SOURCE = f"enum {{ V = {V}, Q = {Q} }};" + r"""
 #include <math.h>
@@ -231,8 +235,9 @@ static void load(const float *from, float *to, num m) {
     memcpy(to, from, 4 * m);
 }
 
-void forward(const float *u, const float *d, const float *A, const float *B, const float *C, const float *D, const float *z, float *y,
-             float *states, float *state, num batch, num T, num E, num N, num u_b, num u_t, num z_b, num z_t) {
+void forward(const float *u, const float *d, const float *A, const float *B, const float *C, const float *D,
+             const float *z, float *y, float *states, float *state,
+             num batch, num T, num E, num N, num u_b, num u_t, num z_b, num z_t) {
     num blocks = (E + V - 1) / V, chunks = (T + Q - 1) / Q;
     #pragma omp parallel for schedule(static) if (batch * T * E * N > 32768)
     for (num i = 0; i < batch * blocks; i++) {
@@ -266,25 +271,29 @@ void forward(const float *u, const float *d, const float *A, const float *B, con
 }
 
 /* g: dL/dfinal before, dL/dinitial after. dB, dC: (threads, batch, T, N). dd: dL/dd. dA, dD are added to. */
-void backward(const float *u, const float *d, const float *A, const float *B, const float *C, const float *D, const float *z,
-              const float *states, const float *dy, float *du, float *dd, float *dA, float *dB, float *dC, float *dD, float *dz,
-              float *g, num batch, num T, num E, num N, num u_b, num u_t, num z_b, num z_t, num threads) {
+void backward(const float *u, const float *d, const float *A, const float *B, const float *C, const float *D,
+              const float *z, const float *states, const float *dy, float *du, float *dd, float *dA, float *dB,
+              float *dC, float *dD, float *dz, float *g,
+              num batch, num T, num E, num N, num u_b, num u_t, num z_b, num z_t, num threads) {
     num blocks = (E + V - 1) / V, chunks = (T + Q - 1) / Q;
     #pragma omp parallel for num_threads(threads)
     for (num k = 0; k < threads; k++) {  /* each thread has its share of the channels */
-        float (*s)[N][V] = malloc((4 * Q + 1) * N * V * 4), (*a)[N][V] = s + Q + 1, (*sB)[N][V] = a + Q, (*sC)[N][V] = sB + Q;
+        float (*s)[N][V] = malloc((4 * Q + 1) * N * V * 4), (*a)[N][V] = s + Q + 1,
+              (*sB)[N][V] = a + Q, (*sC)[N][V] = sB + Q;
         for (num b = 0; b < batch; b++)
             for (num c = chunks - 1; c >= 0; c--) {
                 num first = c * Q, count = T - first < Q ? T - first : Q;
                 memset(sB, 0, 2 * Q * N * V * 4);
                 for (num e = blocks * k / threads * V; e < blocks * (k + 1) / threads * V; e += V) {
                     num m = E - e < V ? E - e : V;
-                    float a2[N][V], G[N][V], sA[N][V], skip[V], sD[V], x[V], dt[V], dx[V], o[V], q[V], r[V], gate[V], y[Q][V];
+                    float a2[N][V], G[N][V], sA[N][V], skip[V], sD[V],
+                          x[V], dt[V], dx[V], o[V], q[V], r[V], gate[V], y[Q][V];
                     memset(a2, 0, sizeof a2), memset(G, 0, sizeof G), memset(sA, 0, sizeof sA);
                     memset(skip, 0, sizeof skip), memset(sD, 0, sizeof sD);
                     for (num l = 0; l < m; l++) {
                         if (D) skip[l] = D[e + l];
-                        for (num n = 0; n < N; n++) a2[n][l] = A[(e + l) * N + n] * LOG2E, G[n][l] = g[(b * E + e + l) * N + n];
+                        for (num n = 0; n < N; n++)
+                            a2[n][l] = A[(e + l) * N + n] * LOG2E, G[n][l] = g[(b * E + e + l) * N + n];
                     }
                     for (num n = 0; n < N; n++) load(states + ((b * chunks + c) * N + n) * E + e, s[0][n], m);
                     for (num t = 0; t < count; t++) {
@@ -332,7 +341,8 @@ void backward(const float *u, const float *d, const float *A, const float *B, co
                     }
                     for (num l = 0; l < m; l++) {
                         if (D) dD[e + l] += sD[l];
-                        for (num n = 0; n < N; n++) g[(b * E + e + l) * N + n] = G[n][l], dA[(e + l) * N + n] += sA[n][l];
+                        for (num n = 0; n < N; n++)
+                            g[(b * E + e + l) * N + n] = G[n][l], dA[(e + l) * N + n] += sA[n][l];
                     }
                 }
                 for (num t = 0; t < count; t++)
@@ -362,7 +372,8 @@ class CompiledScan(torch.autograd.Function):
     def inputs(u, delta, A, B, C, D, z):
         u, z = dense(u, torch.float32), dense(z, torch.float32)
         A, B, C, D = (None if t is None else t.to(torch.float32).contiguous() for t in (A, B, C, D))
-        return (u, delta, A, B, C, D, z), (*u.shape, A.shape[1], *u.stride()[:2], *((0, 0) if z is None else z.stride()[:2]))
+        return (u, delta, A, B, C, D, z), (*u.shape, A.shape[1], *u.stride()[:2],
+                                           *((0, 0) if z is None else z.stride()[:2]))
 
     @staticmethod
     def forward(ctx, u, dt, A, B, C, D, z, dt_bias, initial):
@@ -370,7 +381,8 @@ class CompiledScan(torch.autograd.Function):
         dt = dt.float()
         delta = F.softplus(dt if dt_bias is None else dt + dt_bias)  # (B, T, E)
         final = delta.new_zeros(batch, E, N) if initial is None else initial.to(delta.dtype, copy=True).contiguous()
-        y, states = torch.empty_like(delta), delta.new_empty(batch, -(-T // Q), N, E) if any(ctx.needs_input_grad) else None
+        y, states = (torch.empty_like(delta),
+                     delta.new_empty(batch, -(-T // Q), N, E) if any(ctx.needs_input_grad) else None)
         tensors, sizes = CompiledScan.inputs(u, delta, A, B, C, D, z)
         call(compiled(SOURCE).forward, *tensors, y, states, final, *sizes)
         ctx.save_for_backward(u, delta, A, B, C, D, z, states)
@@ -388,17 +400,20 @@ class CompiledScan(torch.autograd.Function):
         g = delta.new_zeros(batch, E, N) if dfinal is None else dfinal.to(delta.dtype, copy=True).contiguous()
         du, ddt, dz = torch.empty_like(delta), torch.empty_like(delta), None if z is None else torch.empty_like(delta)
         threads = min(torch.get_num_threads(), -(-E // V))
-        dA, dB, dC, dD = delta.new_zeros(E, N), *delta.new_empty(2, threads, batch, T, N), None if D is None else delta.new_zeros(E)
+        dA, dB, dC, dD = (delta.new_zeros(E, N), *delta.new_empty(2, threads, batch, T, N),
+                          None if D is None else delta.new_zeros(E))
         call(compiled(SOURCE).backward, *tensors, states, dy, du, ddt, dA, dB, dC, dD, dz, g, *sizes, threads)
-        ddt *= torch.expm1(-delta).neg_()  # softplus'(v) = sigmoid(v) = 1 - exp(-softplus(v)), and delta is the softplus
+        ddt *= torch.expm1(-delta).neg_()  # softplus'(v) = sigmoid(v) = 1 - exp(-softplus(v)); delta is the softplus
         bias, initial = ctx.optional
-        return (du.to(u.dtype), ddt, dA, dB.sum(0), dC.sum(0), dD, dz, ddt.sum((0, 1)) if bias else None, g if initial else None)
+        return (du.to(u.dtype), ddt, dA, dB.sum(0), dC.sum(0), dD, dz, ddt.sum((0, 1)) if bias else None,
+                g if initial else None)
 
 
 if triton is not None:
-    # A program has BE channels of one sequence, all their N states, and goes through time in tiles of BT tokens: a tile is [BT, BN,
-    # BE], laid out so that a thread has all BT of its elements, and the recurrence is multiply-adds between its registers: that is
-    # why tile() loads row by row. Sums over states or channels, which go through shared memory, are done once a tile.
+    # A program has BE channels of one sequence, all their N states, and goes through time in tiles of BT tokens: a tile
+    # is [BT, BN, BE], laid out so that a thread has all BT of its elements, and the recurrence is multiply-adds between
+    # its registers: that is why tile() loads row by row. Sums over states or channels, which go through shared memory,
+    # are done once a tile.
 
     @triton.jit
     def at(x, o_t, k: tl.constexpr):
@@ -414,11 +429,11 @@ if triton is not None:
 
     @triton.jit
     def tile(x, i, T, s, o_t, o_e, m_e, BT: tl.constexpr, BE: tl.constexpr):
-        """[BT, 1, BE] of x (T, E) from row i on. Loaded at once, the compiler would spread its tokens, and then the state's, over warps."""
+        """[BT, 1, BE] of x (T, E) from row i; loaded at once its tokens, then the state's, would spread over warps."""
         b = tl.zeros([BT, 1, BE], tl.float32)
         for k in tl.static_range(BT):
-            row = tl.load(x + (i + k).to(tl.int64) * s + o_e, mask=m_e & (i + k < T), other=0.0).to(tl.float32)  # [1, BE]
-            b = tl.where(o_t == k, row[None], b)
+            row = tl.load(x + (i + k).to(tl.int64) * s + o_e, mask=m_e & (i + k < T), other=0.0).to(tl.float32)
+            b = tl.where(o_t == k, row[None], b)  # row [1, BE]
         return b
 
     @triton.jit
@@ -442,7 +457,7 @@ if triton is not None:
     @triton.jit
     def scan_fwd_kernel(u, dt, A, B, C, D, z, dt_bias, initial, y, final, saved, T, E, N, su, sdt, sB, sC, sz,
                         EVERY: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):
-        """Strides (batch, time) of u, dt, B, C, z; states are (N, E) for each sequence in saved, (E, N) in initial and final."""
+        """Strides (batch, time) of u, dt, B, C, z; a sequence's states: (N, E) in saved, (E, N) in initial, final."""
         i_b = tl.program_id(1).to(tl.int64)
         u += i_b * su[0]
         dt += i_b * sdt[0]
@@ -476,9 +491,10 @@ if triton is not None:
         tl.store(final + o_s, b_s, mask=m_s)
 
     @triton.jit
-    def scan_bwd_kernel(dy, dfinal, u, dt, A, B, C, D, z, dt_bias, initial, saved, du, ddt, dz, dB, dC, dA, dvec, dinitial,
-                        T, E, N, sdy, su, sdt, sB, sC, sz, EVERY: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):
-        """dB and dC (blocks of channels, B, T, N), dA (B, E, N), dvec: dD and ddt_bias (2, B, E), each program its part."""
+    def scan_bwd_kernel(dy, dfinal, u, dt, A, B, C, D, z, dt_bias, initial, saved, du, ddt, dz, dB, dC, dA, dvec,
+                        dinitial, T, E, N, sdy, su, sdt, sB, sC, sz,
+                        EVERY: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):
+        """dB, dC (blocks of channels, B, T, N), dA (B, E, N), dvec: dD, ddt_bias (2, B, E), each program its part."""
         i_e, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
         dy += i_b * sdy[0]
         u += i_b * su[0]
@@ -501,7 +517,8 @@ if triton is not None:
         b_g = tl.zeros([BN, BE], tl.float32)  # a_{t+1} g_{t+1}
         if dfinal is not None:
             b_g = tl.load(dfinal + o_s, mask=m_s, other=0.0).to(tl.float32)
-        b_dA, b_dD, b_dbias = tl.zeros([BN, BE], tl.float32), tl.zeros([1, BE], tl.float32), tl.zeros([1, BE], tl.float32)
+        b_dA, b_dD, b_dbias = (tl.zeros([BN, BE], tl.float32), tl.zeros([1, BE], tl.float32),
+                               tl.zeros([1, BE], tl.float32))
         for i in range(n_saved, -1, -1):
             b_s = tl.zeros([BN, BE], tl.float32)
             if i > 0:
@@ -515,13 +532,15 @@ if triton is not None:
                 first = i * EVERY + j * BT
                 o = (first + o_t).to(tl.int64)
                 m, m_n = (o < T) & m_e[None], (o < T) & (o_n < N)[None]
-                b_d, b_u, b_B = inputs(u, dt, B, first, T, su[1], sdt[1], sB[1], o_t, o_e, o_n, m_e, m, m_n, b_bias, BT, BE)
+                b_d, b_u, b_B = inputs(u, dt, B, first, T, su[1], sdt[1], sB[1], o_t, o_e, o_n, m_e, m, m_n, b_bias,
+                                       BT, BE)
                 _, _, b_s = states(b_d, b_u, b_B, b_A, b_s, o_t, BT)
             for j in range(n_tiles - 1, -1, -1):
                 first = i * EVERY + j * BT
                 o = (first + o_t).to(tl.int64)
                 m, m_n = (o < T) & m_e[None], (o < T) & (o_n < N)[None]
-                b_d, b_u, b_B = inputs(u, dt, B, first, T, su[1], sdt[1], sB[1], o_t, o_e, o_n, m_e, m, m_n, b_bias, BT, BE)
+                b_d, b_u, b_B = inputs(u, dt, B, first, T, su[1], sdt[1], sB[1], o_t, o_e, o_n, m_e, m, m_n, b_bias,
+                                       BT, BE)
                 b_all, b_a, _ = states(b_d, b_u, b_B, b_A, tl.sum(tl.where(o_j == j, b_before, 0.0), 0), o_t, BT)
                 b_C = tl.load(C + o * sC[1] + o_n[None], mask=m_n, other=0.0).to(tl.float32)
                 b_o = tile(dy, first, T, sdy[1], o_t, o_e, m_e, BT, BE)  # [BT, 1, BE]
@@ -571,9 +590,9 @@ if triton is not None:
         return (0, 0) if t is None else t.stride()[:2]
 
     @torch.library.custom_op("kernels::selective_scan", mutates_args=())
-    def scan_op(u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
-                z: torch.Tensor | None, dt_bias: torch.Tensor | None, initial: torch.Tensor | None
-                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def scan_op(u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
+                D: torch.Tensor | None, z: torch.Tensor | None, dt_bias: torch.Tensor | None,
+                initial: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> y, final, and the states after every EVERY tokens for backward."""
         (batch, T, E), N = u.shape, A.shape[1]
         u, dt, B, C, z = dense_rows(u, dt, B, C, z)
@@ -581,8 +600,8 @@ if triton is not None:
         saved = u.new_empty(batch, max(0, T - 1) // EVERY, N, E, dtype=torch.float32)
         how = scan_config(N, False)
         scan_fwd_kernel[(triton.cdiv(E, how["BE"]), batch)](
-            u, dt, A.contiguous(), B, C, D, z, dt_bias, None if initial is None else initial.contiguous(), y, final, saved,
-            T, E, N, *map(strides, (u, dt, B, C, z)), **how)
+            u, dt, A.contiguous(), B, C, D, z, dt_bias, None if initial is None else initial.contiguous(),
+            y, final, saved, T, E, N, *map(strides, (u, dt, B, C, z)), **how)
         return y, final, saved
 
     @scan_op.register_fake
@@ -592,10 +611,11 @@ if triton is not None:
         return u.new_empty(u.shape), new(batch, E, N), new(batch, max(0, T - 1) // EVERY, N, E)
 
     @torch.library.custom_op("kernels::selective_scan_bwd", mutates_args=())
-    def scan_bwd_op(dy: torch.Tensor, dfinal: torch.Tensor | None, u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
-                    C: torch.Tensor, D: torch.Tensor | None, z: torch.Tensor | None, dt_bias: torch.Tensor | None,
-                    initial: torch.Tensor | None, saved: torch.Tensor) -> list[torch.Tensor]:
-        """-> du, ddt, dz (empty without z), dB, dC, dA (E, N) fp32, dD and ddt_bias (2, E) fp32, dinitial (empty without)."""
+    def scan_bwd_op(dy: torch.Tensor, dfinal: torch.Tensor | None, u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor,
+                    B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None, z: torch.Tensor | None,
+                    dt_bias: torch.Tensor | None, initial: torch.Tensor | None, saved: torch.Tensor
+                    ) -> list[torch.Tensor]:
+        """-> du, ddt, dz (empty without z), dB, dC, dA (E, N) fp32, dD, ddt_bias (2, E) fp32, dinitial (or empty)."""
         (batch, T, E), N = u.shape, A.shape[1]
         dy, u, dt, B, C, z = dense_rows(dy, u, dt, B, C, z)
         du, ddt, dz = (None if t is None else t.new_empty(t.shape) for t in (u, dt, z))
@@ -608,14 +628,15 @@ if triton is not None:
             None if initial is None else initial.contiguous(), saved, du, ddt, dz, dB, dC, dA, dvec, dinitial,
             T, E, N, *map(strides, (dy, u, dt, B, C, z)), **how)
         empty = u.new_empty(0)
-        return [du, ddt, empty if dz is None else dz, dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dA.sum(0), dvec.sum(1),
-                empty.float() if dinitial is None else dinitial]
+        return [du, ddt, empty if dz is None else dz, dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dA.sum(0),
+                dvec.sum(1), empty.float() if dinitial is None else dinitial]
 
     @scan_bwd_op.register_fake
     def _(dy, dfinal, u, dt, A, B, C, D, z, dt_bias, initial, saved):
         new = lambda *shape: u.new_empty(shape, dtype=torch.float32)
-        return [u.new_empty(u.shape), dt.new_empty(dt.shape), u.new_empty(0) if z is None else z.new_empty(z.shape), B.new_empty(B.shape),
-                C.new_empty(C.shape), new(*A.shape), new(2, u.shape[2]), new(0) if initial is None else new(*initial.shape)]
+        return [u.new_empty(u.shape), dt.new_empty(dt.shape), u.new_empty(0) if z is None else z.new_empty(z.shape),
+                B.new_empty(B.shape), C.new_empty(C.shape), new(*A.shape), new(2, u.shape[2]),
+                new(0) if initial is None else new(*initial.shape)]
 
     def save_for_backward(ctx, inputs, output):
         ctx.save_for_backward(*inputs, output[2])
@@ -626,23 +647,27 @@ if triton is not None:
         dy = torch.zeros_like(u) if dy is None else dy
         du, ddt, dz, dB, dC, dA, dvec, dinitial = scan_bwd_op(dy, dfinal, u, dt, A, B, C, D, z, dt_bias, initial, saved)
         return (du, ddt, dA.to(A.dtype), dB, dC, None if D is None else dvec[0].to(D.dtype), None if z is None else dz,
-                None if dt_bias is None else dvec[1].to(dt_bias.dtype), None if initial is None else dinitial.to(initial.dtype))
+                None if dt_bias is None else dvec[1].to(dt_bias.dtype),
+                None if initial is None else dinitial.to(initial.dtype))
 
     scan_op.register_autograd(scan_backward, setup_context=save_for_backward)
 
 
 def selective_scan(u, dt, A, B, C, D=None, z=None, dt_bias=None, initial=None):
-    """u, dt, z (B, T, E), A (E, N), B and C (B, T, N), D and dt_bias (E,), initial (B, E, N): the state before the first token, or zeros
-    -> y (B, T, E) in u's dtype, final (B, E, N) in fp32. ValueError: shapes that do not fit; on a GPU N > 256."""
+    """u, dt, z (B, T, E), A (E, N), B and C (B, T, N), D and dt_bias (E,), initial (B, E, N): the state before the
+    first token, or zeros -> y (B, T, E) in u's dtype, final (B, E, N) in fp32. ValueError: shapes that do not fit; on a
+    GPU N > 256."""
     (batch, T, E), N = u.shape, A.shape[-1]
-    want = [(batch, T, E), (batch, T, E), (E, N), (batch, T, N), (batch, T, N), (E,), (batch, T, E), (E,), (batch, E, N)]
+    want = [(batch, T, E), (batch, T, E), (E, N), (batch, T, N), (batch, T, N), (E,), (batch, T, E), (E,),
+            (batch, E, N)]
     found = [None if t is None else tuple(t.shape) for t in (u, dt, A, B, C, D, z, dt_bias, initial)]
     if any(f not in (None, w) for f, w in zip(found, want)):
-        raise ValueError(f"selective_scan: shapes {found}; expected u, dt, z (B, T, E), A (E, N), B, C (B, T, N), D, dt_bias (E,), "
-                         "initial (B, E, N)")
+        raise ValueError(f"selective_scan: shapes {found}; expected u, dt, z (B, T, E), A (E, N), B, C (B, T, N), "
+                         "D, dt_bias (E,), initial (B, E, N)")
     which = form(u)
     if which == "triton":
         return scan_op(u, dt, A, B, C, D, z, dt_bias, initial)[:2]
-    if which == "torch" and u.is_cpu and u.dtype != torch.float64 and not torch.compiler.is_compiling() and compiled(SOURCE):
+    if (which == "torch" and u.is_cpu and u.dtype != torch.float64 and not torch.compiler.is_compiling()
+            and compiled(SOURCE)):
         return CompiledScan.apply(u, dt, A, B, C, D, z, dt_bias, initial)
     return (selective_scan_ref if which == "ref" else SelectiveScan.apply)(u, dt, A, B, C, D, z, dt_bias, initial)

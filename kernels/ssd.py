@@ -6,28 +6,28 @@ State space duality: the recurrence of Mamba-2, chunk by chunk with matrix produ
     in a chunk of Q tokens, after the state S, with c_i = (dt_1 + ... + dt_i) A from the chunk's start, v_j = dt_j x_j,
     e_i = exp(c_i), w_j = exp(c_Q - c_j), L_ij = exp(c_i - c_j) for i >= j, else 0:
     y_i = sum_j L_ij (C_i . B_j) v_j + e_i S C_i + D x_i,    S' = e_Q S + sum_j w_j v_j B_j^T
-    backward, with o = dy, R = dL/dS' of the state that the chunk leaves (after the last: dfinal), X_ij = L_ij (o_i . v_j):
-    dC_i = sum_j X_ij B_j + e_i S^T o_i,      dB_j = sum_i X_ij C_i + w_j R^T v_j                (summed over the group's heads)
-    dv_j = sum_i L_ij (C_i . B_j) o_i + w_j R B_j,      R' = e_Q R + sum_i e_i o_i C_i^T,        dx_j = dt_j dv_j + D o_j
+    backward, with o = dy, R = dL/dS' of the state the chunk leaves (after the last: dfinal), X_ij = L_ij (o_i . v_j):
+    dC_i = sum_j X_ij B_j + e_i S^T o_i,      dB_j = sum_i X_ij C_i + w_j R^T v_j        (summed over the group's heads)
+    dv_j = sum_i L_ij (C_i . B_j) o_i + w_j R B_j,      R' = e_Q R + sum_i e_i o_i C_i^T,      dx_j = dt_j dv_j + D o_j
     c: with W_ij = X_ij (C_i . B_j), i > j:   dL/dc_i = sum_j W_ij - sum_j W_ji + e_i o_i . S C_i - w_i v_i . R B_i
     dt_t counts in c_i of all i >= t, also beyond its chunk:  dL/d(dt_t A) = sum_{i >= t} dL/dc_i + dfinal . final
     ddt_t = A dL/d(dt_t A) + x_t . dv_t,   dA = sum_t dt_t dL/d(dt_t A),   dD = sum_t o_t . x_t
 
 Every exponent is a difference of sums within one chunk and at most 0, so nothing overflows however small a decay is.
 
-Shapes: x (B, T, H, P), dt (B, T, H), A, D (H,), B, C (B, T, G, N), initial (B, H, P, N) -> y (B, T, H, P) in x's dtype, final
-(B, H, P, N) fp32 (fp64 for fp64). Head h has B and C of group h G / H. x, B and C of one dtype, fp32, bf16 or fp16, and of any
-strides but the last, as columns of a projection are; dt > 0 (after its softplus), A < 0 and D fp32. The kernels: N <= 256.
-Sums and the state are fp32; a matrix is rounded to the inputs' dtype to be multiplied. But dL/d(dt_t A) adds up dL/dc_i over all
-i >= t, where what pairs of later tokens give cancels, and the rounding of S and R would not: in these sums 16-bit backward
-multiplies S, R and what updates them in two parts, the rounded value and what rounding lost.
+Shapes: x (B, T, H, P), dt (B, T, H), A, D (H,), B, C (B, T, G, N), initial (B, H, P, N) -> y (B, T, H, P) in x's dtype,
+final (B, H, P, N) fp32 (fp64 for fp64). Head h has B and C of group h G / H. x, B and C of one dtype, fp32, bf16 or
+fp16, and of any strides but the last, as columns of a projection are; dt > 0 (after its softplus), A < 0 and D fp32.
+The kernels: N <= 256. Sums and the state are fp32; a matrix is rounded to the inputs' dtype to be multiplied. But
+dL/d(dt_t A) adds up dL/dc_i over all i >= t, where what pairs of later tokens give cancels, and the rounding of S and R
+would not: in these sums 16-bit backward multiplies S, R and what updates them in two parts, rounded and the rest.
 
-The plain form saves the state before each chunk of 64 tokens. The kernels save the inputs only: a program owns a head of a
-sequence, goes through its chunks with the state in registers, forward (y; and dC, which makes the states again) or from the last
-to the first (dx, dB with R). So forward moves the floor (B and C, which all heads of a group read, come from the L2 cache), and
-backward reads the inputs twice; what each head has of dB and dC is written and added up by PyTorch in a fixed order, and that is
-most of backward's bytes. Results repeat bit for bit.
-FLOPs a token and head: 2 (Q N + Q P + 2 N P) forward, Q = 32, and 2 (3 Q N + 3 Q P + 9 N P) backward, Q = 16, on tensor cores.
+The plain form saves the state before each chunk of 64 tokens. The kernels save the inputs only: a program owns a head
+of a sequence, goes through its chunks with the state in registers, forward (y; and dC, which makes the states again) or
+from the last to the first (dx, dB with R). So forward moves the floor (B and C, which all heads of a group read, come
+from the L2 cache), and backward reads the inputs twice; what each head has of dB and dC is written and added up by
+PyTorch in a fixed order, and that is most of backward's bytes. Results repeat bit for bit.
+FLOPs a token and head: 2 (Q N + Q P + 2 N P) forward, Q = 32, 2 (3 Q N + 3 Q P + 9 N P) backward, Q = 16; tensor cores.
 """
 import os
 
@@ -165,13 +165,13 @@ class SSD(torch.autograd.Function):
 
 
 if triton is not None:
-    # A program owns a block of BP columns of a head's x and S. The N states are G slices of BN, a leading dimension of B, C and S
-    # [G, BN, BP]: products are batches of G, so that a warp holds its own slice of every operand; with one large product it
-    # would hold nearly all of S as an operand, and spill. What backward sums over P each block has its share of.
+    # A program owns a block of BP columns of a head's x and S. The N states are G slices of BN, a leading dimension of
+    # B, C and S [G, BN, BP]: products are batches of G, so a warp holds its own slice of each operand; with one large
+    # product it would hold nearly all of S as an operand, and spill. Of backward's sums over P each block has a share.
 
     @triton.jit
     def steps(dt, A, start, T, s_t, BT: tl.constexpr):
-        """A chunk's dt, c_i, e_i, w_i [BT], e_Q, and L [BT, BT]. Past the end dt = 0: nothing decays and nothing is written."""
+        """A chunk's dt, c_i, e_i, w_i [BT], e_Q, and L [BT, BT]. Past the end dt = 0: nothing decays or is written."""
         i = tl.arange(0, BT)
         b_dt = tl.load(dt + (start + i).to(tl.int64) * s_t, mask=start + i < T, other=0.0).to(tl.float32)
         b_c = tl.cumsum(b_dt * A, 0)
@@ -198,7 +198,7 @@ if triton is not None:
 
     @triton.jit
     def update(b_s, whole, b_k, b_x, G: tl.constexpr, TWICE: tl.constexpr):
-        """whole S + sum_j k_j x_j: b_s [G, BN, BP], b_k [G, BT, BN], b_x [BT, BP] fp32, rounded, and with TWICE what that lost."""
+        """whole S + sum_j k_j x_j: b_s [G, BN, BP], b_k [G, BT, BN], b_x [BT, BP] fp32 rounded; TWICE: its loss too."""
         b_k = tl.permute(b_k, (0, 2, 1))
         b_x = tl.broadcast_to(b_x[None], (G, b_x.shape[0], b_x.shape[1]))
         high = b_x.to(b_k.dtype)
@@ -208,7 +208,7 @@ if triton is not None:
     @triton.jit
     def ssd_fwd_kernel(x, dt, A, B, C, D, initial, y, final, sx, sdt, sB, sC, T, H, BLOCKS, HEADS, P, N: tl.constexpr,
                        G: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr):
-        """Strides (batch, time, head or group); HEADS: those of a group. y is contiguous, states are (P, N) for each (batch, head)."""
+        """Strides (batch, time, head or group); HEADS: a group's. y contiguous, states (P, N) of each (batch, head)."""
         i_b, i_s = (tl.program_id(0) // (H * BLOCKS)).to(tl.int64), tl.program_id(0) % (H * BLOCKS)
         i_h, first = i_s // BLOCKS, i_s % BLOCKS * BP
         x += i_b * sx[0] + i_h * sx[2]
@@ -217,7 +217,7 @@ if triton is not None:
         C += i_b * sC[0] + i_h // HEADS * sC[2]
         y += (i_b * T * H + i_h) * P
         o_g, o_p = tl.arange(0, G)[:, None, None] * BN, first + tl.arange(0, BP)[None, :]
-        o_n, o_k = o_g + tl.arange(0, BN)[None, None, :], o_g + tl.arange(0, BN)[None, :, None]  # [G, 1, BN], [G, BN, 1]
+        o_n, o_k = o_g + tl.arange(0, BN)[None, None, :], o_g + tl.arange(0, BN)[None, :, None]  # [G, 1, BN] [G, BN, 1]
         o_s, m_s = (i_b * H + i_h) * P * N + o_p[None] * N + o_k, (o_k < N) & (o_p < P)[None]
         b_A = tl.load(A + i_h).to(tl.float32)
         b_D = 0.0 if D is None else tl.load(D + i_h).to(tl.float32)
@@ -228,19 +228,19 @@ if triton is not None:
             b_dt, b_e, b_w, whole, b_L = steps(dt, b_A, start, T, sdt[1], BT)
             b_x = rows(x, start, T, sx[1], o_p, P, BT)
             b_B, b_C = slices(B, start, T, sB[1], o_n, N, BT), slices(C, start, T, sC[1], o_n, N, BT)
-            b_M = tl.sum(tl.dot(b_C, tl.permute(b_B, (0, 2, 1)), input_precision="ieee"), 0) * b_L * b_dt[None, :]  # [BT, BT]
+            b_M = tl.sum(tl.dot(b_C, tl.permute(b_B, (0, 2, 1)), input_precision="ieee"), 0) * b_L * b_dt[None, :]
             b_y = tl.sum(tl.dot(b_C, b_s.to(b_x.dtype), input_precision="ieee"), 0) * b_e[:, None]  # [BT, BP]
-            b_y = tl.dot(b_M.to(b_x.dtype), b_x, b_y + b_D * b_x.to(tl.float32), input_precision="ieee")
+            b_y = tl.dot(b_M.to(b_x.dtype), b_x, b_y + b_D * b_x.to(tl.float32), input_precision="ieee")  # b_M [BT, BT]
             o_t = start + tl.arange(0, BT)[:, None]
             tl.store(y + o_t.to(tl.int64) * H * P + o_p, b_y, mask=(o_t < T) & (o_p < P))
             b_s = update(b_s, whole, b_B, b_x.to(tl.float32) * (b_dt * b_w)[:, None], G, False)
         tl.store(final + o_s, b_s, mask=m_s)
 
     @triton.jit
-    def ssd_bwd_c_kernel(dy, dfinal, x, dt, A, B, C, initial, dC, off, phi, sdy, sx, sdt, sB, sC, T, H, BLOCKS, HEADS, P, N: tl.constexpr,
-                         G: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr):
-        """From the first chunk to the last: dC (B, T, H, BLOCKS, N), off_i = e_i o_i . S C_i (B, T, H, BLOCKS) and, (B, H, BLOCKS),
-        phi = dfinal . final: of each block its share."""
+    def ssd_bwd_c_kernel(dy, dfinal, x, dt, A, B, C, initial, dC, off, phi, sdy, sx, sdt, sB, sC, T, H, BLOCKS, HEADS,
+                         P, N: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr):
+        """From the first chunk to the last: dC (B, T, H, BLOCKS, N), off_i = e_i o_i . S C_i (B, T, H, BLOCKS) and,
+        (B, H, BLOCKS), phi = dfinal . final: of each block its share."""
         i_b, i_s = (tl.program_id(0) // (H * BLOCKS)).to(tl.int64), tl.program_id(0) % (H * BLOCKS)
         i_h, first = i_s // BLOCKS, i_s % BLOCKS * BP
         TWICE: tl.constexpr = x.dtype.element_ty != tl.float32
@@ -278,9 +278,10 @@ if triton is not None:
             tl.store(phi + i_b * H * BLOCKS + i_s, tl.sum(tl.sum(tl.sum(b_R * b_s, 2), 1), 0))
 
     @triton.jit
-    def ssd_bwd_x_kernel(dy, dfinal, x, dt, A, B, C, D, dx, dB, dc, xdv, xo, dinitial, sdy, sx, sdt, sB, sC, T, H, BLOCKS, HEADS, P,
-                         N: tl.constexpr, G: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BP: tl.constexpr):
-        """From the last chunk to the first: dx, dB (B, T, H, BLOCKS, N), and (B, T, H, BLOCKS): dL/dc but for off, x . dv, x . o."""
+    def ssd_bwd_x_kernel(dy, dfinal, x, dt, A, B, C, D, dx, dB, dc, xdv, xo, dinitial, sdy, sx, sdt, sB, sC,
+                         T, H, BLOCKS, HEADS, P, N: tl.constexpr, G: tl.constexpr, BN: tl.constexpr,
+                         BT: tl.constexpr, BP: tl.constexpr):
+        """From last chunk to first: dx, dB (B, T, H, BLOCKS, N); (B, T, H, BLOCKS): dL/dc less off, x . dv, x . o."""
         i_b, i_s = (tl.program_id(0) // (H * BLOCKS)).to(tl.int64), tl.program_id(0) % (H * BLOCKS)
         i_h, first = i_s // BLOCKS, i_s % BLOCKS * BP
         TWICE: tl.constexpr = x.dtype.element_ty != tl.float32
@@ -338,23 +339,25 @@ if triton is not None:
     def sizes(x, dt, B, C, BP):
         """Strides and sizes as all three kernels take them, and the number of programs."""
         (batch, T, H, P), blocks = x.shape, triton.cdiv(x.shape[3], BP)
-        return (x.stride()[:3], dt.stride(), B.stride()[:3], C.stride()[:3], T, H, blocks, H // B.shape[2], P), (batch * H * blocks,)
+        return ((x.stride()[:3], dt.stride(), B.stride()[:3], C.stride()[:3], T, H, blocks, H // B.shape[2], P),
+                (batch * H * blocks,))
 
     def dense(*tensors):
         return [t if t.stride(3) == 1 else t.contiguous() for t in tensors]
 
-    BT_FWD, BT_BWD = 32, 16  # tokens of a chunk in 16-bit types; fp32: 16. Both backward kernels have the same chunks: off belongs to dc
+    BT_FWD, BT_BWD = 32, 16  # tokens a chunk in 16 bits; fp32: 16; both backward kernels the same: off belongs to dc
 
     @torch.library.custom_op("kernels::ssd", mutates_args=())
-    def ssd_op(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None,
-               initial: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def ssd_op(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
+               D: torch.Tensor | None, initial: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """-> y, final."""
         N = B.shape[3]
         x, B, C = dense(x, B, C)
         y, final = x.new_empty(x.shape), x.new_empty(x.shape[0], *x.shape[2:], N, dtype=torch.float32)
         how = config(x, N, BT_FWD)
         shape, grid = sizes(x, dt, B, C, how["BP"])
-        ssd_fwd_kernel[grid](x, dt, A, B, C, D, None if initial is None else initial.contiguous(), y, final, *shape, **how)
+        ssd_fwd_kernel[grid](x, dt, A, B, C, D, None if initial is None else initial.contiguous(),
+                             y, final, *shape, **how)
         return y, final
 
     @ssd_op.register_fake
@@ -362,8 +365,9 @@ if triton is not None:
         return x.new_empty(x.shape), x.new_empty(x.shape[0], *x.shape[2:], B.shape[3], dtype=torch.float32)
 
     @torch.library.custom_op("kernels::ssd_bwd", mutates_args=())
-    def ssd_bwd_op(dy: torch.Tensor, dfinal: torch.Tensor | None, x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
-                   C: torch.Tensor, D: torch.Tensor | None, initial: torch.Tensor | None) -> list[torch.Tensor]:
+    def ssd_bwd_op(dy: torch.Tensor, dfinal: torch.Tensor | None, x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor,
+                   B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None, initial: torch.Tensor | None
+                   ) -> list[torch.Tensor]:
         """-> dx, ddt, dA (H,) fp32, dB, dC, dD (H,) fp32, dinitial (empty without initial)."""
         (batch, T, H, _), (groups, N) = x.shape, B.shape[2:]
         dy, x, B, C = dense(dy, x, B, C)
@@ -376,19 +380,20 @@ if triton is not None:
         phi = None if dfinal is None else x.new_empty(batch, H, blocks, dtype=torch.float32)
         dx, dinitial = x.new_empty(x.shape), x.new_empty(0 if initial is None else initial.shape, dtype=torch.float32)
         ssd_bwd_c_kernel[grid](dy, dfinal, x, dt, A, B, C, initial, dC, off, phi, dy.stride()[:3], *shape, **forth)
-        ssd_bwd_x_kernel[grid](dy, dfinal, x, dt, A, B, C, D, dx, dB, dc, xdv, xo, None if initial is None else dinitial,
-                               dy.stride()[:3], *shape, **back)
+        ssd_bwd_x_kernel[grid](dy, dfinal, x, dt, A, B, C, D, dx, dB, dc, xdv, xo,
+                               None if initial is None else dinitial, dy.stride()[:3], *shape, **back)
         dla = dc.add_(off).sum(3).flip(1).cumsum(1).flip(1)  # (B, T, H)
         if phi is not None:
             dla += phi.sum(2)[:, None]
         by_group = lambda t: t.view(batch, T, groups, -1, N).sum(3)  # sums are fp32 inside
-        return [dx, (dla * A + xdv.sum(3)).to(dt.dtype), (dla * dt).sum((0, 1)), by_group(dB), by_group(dC), xo.sum((0, 1, 3)), dinitial]
+        return [dx, (dla * A + xdv.sum(3)).to(dt.dtype), (dla * dt).sum((0, 1)), by_group(dB), by_group(dC),
+                xo.sum((0, 1, 3)), dinitial]
 
     @ssd_bwd_op.register_fake
     def _(dy, dfinal, x, dt, A, B, C, D, initial):
         head = lambda: A.new_empty(A.shape, dtype=torch.float32)
-        return [x.new_empty(x.shape), dt.new_empty(dt.shape), head(), B.new_empty(B.shape), C.new_empty(C.shape), head(),
-                x.new_empty(0 if initial is None else initial.shape, dtype=torch.float32)]
+        return [x.new_empty(x.shape), dt.new_empty(dt.shape), head(), B.new_empty(B.shape), C.new_empty(C.shape),
+                head(), x.new_empty(0 if initial is None else initial.shape, dtype=torch.float32)]
 
     def save_for_backward(ctx, inputs, output):
         ctx.save_for_backward(*inputs)
@@ -404,20 +409,21 @@ if triton is not None:
 
     def ssd_triton(x, dt, A, B, C, D, initial):
         if not x.dtype == B.dtype == C.dtype or x.dtype == torch.float64 or B.shape[3] > 256:
-            raise ValueError(f"ssd: x {x.dtype}, B {B.dtype}, C {C.dtype}, N {B.shape[3]}; expected one dtype of float32, bfloat16, "
-                             "float16, and N <= 256")
+            raise ValueError(f"ssd: x {x.dtype}, B {B.dtype}, C {C.dtype}, N {B.shape[3]}; expected one dtype of "
+                             "float32, bfloat16, float16, and N <= 256")
         return ssd_op(x, dt, A, B, C, D, initial)
 
 
 def ssd(x, dt, A, B, C, D=None, initial=None):
-    """x (B, T, H, P), dt (B, T, H), A and D (H,), B and C (B, T, G, N), initial (B, H, P, N): the state before the first token, or zeros
-    -> y (B, T, H, P) in x's dtype, final (B, H, P, N) in fp32. ValueError: shapes that do not fit; on a GPU N > 256."""
+    """x (B, T, H, P), dt (B, T, H), A and D (H,), B and C (B, T, G, N), initial (B, H, P, N): the state before the
+    first token, or zeros -> y (B, T, H, P) in x's dtype, final (B, H, P, N) in fp32. ValueError: shapes that do not
+    fit; on a GPU N > 256."""
     (batch, T, H, P), (G, N) = x.shape, B.shape[2:]
     want = [(batch, T, H, P), (batch, T, H), (H,), (batch, T, G, N), (batch, T, G, N), (H,), (batch, H, P, N)]
     found = [None if t is None else tuple(t.shape) for t in (x, dt, A, B, C, D, initial)]
     if H % G or any(f not in (None, w) for f, w in zip(found, want)):
-        raise ValueError(f"ssd: shapes {found}; expected x (B, T, H, P), dt (B, T, H), A (H,), B, C (B, T, G, N), D (H,), "
-                         "initial (B, H, P, N), H divisible by G")
+        raise ValueError(f"ssd: shapes {found}; expected x (B, T, H, P), dt (B, T, H), A (H,), B, C (B, T, G, N), "
+                         "D (H,), initial (B, H, P, N), H divisible by G")
     which = form(x)
     op = ssd_triton if which == "triton" else ssd_ref if which == "ref" else SSD.apply
     return op(x, dt, A, B, C, D, initial)

@@ -2,36 +2,36 @@
 WKV-7: RWKV-7's recurrence, a generalised delta rule, chunk by chunk with matrix products
     Peng et al. 2025, arXiv:2503.14456v2, section 4;  the chunks as in Yang et al. 2024, arXiv:2406.06484v6, section 3
 
-    S_t = S_{t-1} diag(e^{w_t}) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t        rows of S are values, columns keys
+    S_t = S_{t-1} diag(e^{w_t}) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t    rows of S are values, columns keys
     (RWKV-7: a = -kappa, b = its rate times kappa, w in (-0.6065, 0))
 
 In a chunk of L tokens after the state S, with c_t = w_1 + ... + w_t and m = c_L / 2 for each channel, rows are tokens:
-    q = [a_t e^{c_{t-1} - m}; r_t e^{c_t - m}] (2L, N),   p = [k_t e^{m - c_t}; b_t e^{m - c_t}] (2L, N),   S' = S diag(e^m)
+    q = [a_t e^{c_{t-1} - m}; r_t e^{c_t - m}] (2L, N), p = [k_t e^{m - c_t}; b_t e^{m - c_t}] (2L, N), S' = S diag(e^m)
     A = q p^T where the token of p comes before that of q (r: or is the same), else 0;   A_ab its quarter of a and b
-    [z; y] = q S'^T + A [v; u],   u = z = S_{t-1} a_t for each token, a triangular system:   u = (1 - A_ab)^{-1} (z without u)
+    [z; y] = q S'^T + A [v; u],  u = z = S_{t-1} a_t per token, a triangular system:  u = (1 - A_ab)^{-1} (z without u)
     S_L = (S' + [v; u]^T p) diag(e^m)
 backward, with R = dL/dS_L, R' = R diag(e^m), D = [dz; dy], where dz = (1 - A_ab)^{-T} (A_rb^T dy + p_b R'^T):
     dA = D [v; u]^T where A is not 0,   dq = D S' + dA p,   dp = dA^T q + [v; u] R',   dv = A_.k^T D + p_k R'^T
     dL/dS = (R' + D^T q) diag(e^m);     dr da dk db are dq and dp times the exponentials above
-    dw_t = sum_rows S_L R + sum_{s >= t} (r_s dr_s - k_s dk_s - b_s db_s) + sum_{s > t} a_s da_s      (over the chunk's tokens s)
+    dw_t = sum_rows S_L R + sum_{s >= t} (r_s dr_s - k_s dk_s - b_s db_s) + sum_{s > t} a_s da_s      (s in the chunk)
 
-The exponents are between -c and c with c = 0.61 L / 2 at RWKV-7's smallest decay: e^4.9 for the 16 tokens of the kernels, e^9.8
-for the 32 of the plain form, whatever follows, so nothing leaves the range of any dtype, and decays of 1 lose nothing. For other
-uses w has to be above -80 / L. The inverse is built from blocks of 1, 2, 4, ... tokens, each step a product of true inverses:
-unlike a sum of powers of A_ab it does not cancel when one key comes again and again.
+The exponents are between -c and c with c = 0.61 L / 2 at RWKV-7's smallest decay: e^4.9 for the 16 tokens of the
+kernels, e^9.8 for the 32 of the plain form, whatever follows, so nothing leaves the range of any dtype, and decays of 1
+lose nothing. For other uses w has to be above -80 / L. The inverse is built from blocks of 1, 2, 4, ... tokens, each
+step a product of true inverses: unlike a sum of powers of A_ab it does not cancel when one key comes again and again.
 
-Shapes: r, w, k, v, a, b (B, T, H, N) of one dtype, fp32, bf16 or fp16 (the definition and the plain form: fp64 too), N <= 64 in
-the kernels; initial (B, H, N, N) or None -> y (B, T, H, N) in r's dtype, final (B, H, N, N) fp32. Sums and the state are fp32.
-Saved for backward: the inputs and the state before each chunk (kernels: rounded to the inputs' dtype, as the products have
-it). A, its inverse and u are made again.
-Bytes, in bf16 at N = 64 and a token and head: 6 inputs and y are 896, which is the floor, the saved states 512: 1.6 times the
-floor forward; backward 13 tensors, 1664, and the states again: 1.3 times.
+Shapes: r, w, k, v, a, b (B, T, H, N) of one dtype, fp32, bf16 or fp16 (the definition and the plain form: fp64 too),
+N <= 64 in the kernels; initial (B, H, N, N) or None -> y (B, T, H, N) in r's dtype, final (B, H, N, N) fp32. Sums and
+the state are fp32. Saved for backward: the inputs and the state before each chunk (kernels: rounded to the inputs'
+dtype, as the products have it). A, its inverse and u are made again.
+Bytes, in bf16 at N = 64 and a token and head: 6 inputs and y are 896, which is the floor, the saved states 512: 1.6
+times the floor forward; backward 13 tensors, 1664, and the states again: 1.3 times.
 In bf16 at N = 64 nothing spills on sm_89. Open: in fp32 there are 250 spill instructions forward, 260 backward, and
 backward 6 in bf16 where N is padded (40).
-FLOPs: 8 N^2 + 20 L N a token and head forward, 2.5 times that backward; token by token it is 9 N^2, but no matrix products.
+FLOPs: 8 N^2 + 20 L N a token and head forward, 2.5 times that backward; token by token 9 N^2, but no matrix products.
 
-CPU: token by token as a loop in C, whose state stays in the cache (CompiledWKV7), a third of the chunks' time; without a compiler, in fp64,
-and under torch.compile, the chunks in PyTorch's products (WKV7).
+CPU: token by token as a loop in C, whose state stays in the cache (CompiledWKV7), a third of the chunks' time; without
+a compiler, in fp64, and under torch.compile, the chunks in PyTorch's products (WKV7).
 """
 import ctypes
 import functools
@@ -63,11 +63,12 @@ def form(x):
 
 
 # ----- c (shared) -----
-# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C here, which gcc or
-# clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with KERNELS_C=0, the plain form in PyTorch serves.
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C
+# here, which gcc or clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with
+# KERNELS_C=0, the plain form in PyTorch serves.
 @functools.cache
 def compiled(source):
-    """The C source as a library, or None where there is no compiler. Its loops run on PyTorch's OpenMP threads: those are loaded already."""
+    """The C source as a library, None without a compiler. Its loops run on PyTorch's OpenMP threads, loaded already."""
     cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if not cc or os.environ.get("KERNELS_C") == "0":
         return None
@@ -78,14 +79,16 @@ def compiled(source):
             subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
             return ctypes.CDLL(str(Path(tmp, "c.so")))
     except (OSError, subprocess.CalledProcessError) as e:
-        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; KERNELS_C=0 asks for those")
+        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; "
+                      "KERNELS_C=0 asks for those")
         return None
 
 
 def call(function, *args):
-    """function(*args): contiguous tensors (or None) as pointers, numbers as int64. Fake tensors, which only have a shape, are left alone."""
+    """function(*args): contiguous tensors or None as pointers, ints as int64. Fake tensors are only shapes: no call."""
     if not any(isinstance(a, torch._subclasses.FakeTensor) for a in args):
-        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr()) for a in args))
+        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
+                   for a in args))
 # ----- end -----
 
 
@@ -103,7 +106,7 @@ def wkv7_ref(r, w, k, v, a, b, initial=None):
 
 
 CHUNK = 32  # tokens of a chunk in the plain form
-TILES = 64  # (batch, head, chunk) that are computed at once: few enough for a core's cache, enough for two cores to share
+TILES = 64  # (batch, head, chunk) computed at once: few enough for a core's cache, enough for two cores to share
 
 
 def groups(B, T, H):
@@ -125,15 +128,16 @@ def inverse(A):
 
 
 def prepare(r, w, k, a, b):
-    """Tiles (n, B, H, L, N) -> q, p (n, BH, 2L, N), A (n, BH, 2L, 2L) and (1 - A_ab)^{-1} (n, BH, L, L); e^m (n, BH, 1, N);
-    and the factors e^{c_{t-1} - m} of a, e^{c_t - m} of r, e^{m - c_t} of k and b (n, B, H, L, N)."""
+    """Tiles (n, B, H, L, N) -> q, p (n, BH, 2L, N), A (n, BH, 2L, 2L) and (1 - A_ab)^{-1} (n, BH, L, L);
+    e^m (n, BH, 1, N); factors e^{c_{t-1} - m} of a, e^{c_t - m} of r, e^{m - c_t} of k and b (n, B, H, L, N)."""
     n, B, H, L, N = r.shape
     c = w.cumsum(3)
     m = c[..., -1:, :] / 2
     up = (c - m).exp_()
     before, down = torch.cat([(-m).exp(), up[..., :-1, :]], 3), up.reciprocal()
     q, p = (c.new_empty(n, B, H, 2, L, N) for _ in "qp")
-    for x, factor, out in ((a, before, q[..., 0, :, :]), (r, up, q[..., 1, :, :]), (k, down, p[..., 0, :, :]), (b, down, p[..., 1, :, :])):
+    for x, factor, out in ((a, before, q[..., 0, :, :]), (r, up, q[..., 1, :, :]),
+                           (k, down, p[..., 0, :, :]), (b, down, p[..., 1, :, :])):
         torch.mul(x, factor, out=out)
     q, p = (x.view(n, B * H, 2 * L, N) for x in (q, p))
     A = (q @ p.mT).mul_(past(L, q))
@@ -151,7 +155,8 @@ class WKV7(torch.autograd.Function):
     def forward(ctx, r, w, k, v, a, b, initial):
         B, T, H, N = r.shape
         wide = torch.promote_types(r.dtype, torch.float32)
-        S = torch.zeros(B * H, N, N, dtype=wide, device=r.device) if initial is None else initial.to(wide).view(B * H, N, N)
+        S = (torch.zeros(B * H, N, N, dtype=wide, device=r.device) if initial is None else
+             initial.to(wide).view(B * H, N, N))
         cuts, y, starts = groups(B, T, H), torch.empty_like(r, memory_format=torch.contiguous_format), []
         with torch.autocast(r.device.type, enabled=False):
             for t, n, L in cuts:
@@ -179,7 +184,8 @@ class WKV7(torch.autograd.Function):
     def backward(ctx, dy, dfinal):
         r, w, k, v, a, b, *starts = ctx.saved_tensors
         (B, T, H, N), wide = r.shape, starts[0].dtype
-        dr, dw, dk, dv, da, db = grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (r, w, k, v, a, b)]
+        dr, dw, dk, dv, da, db = grads = [torch.empty_like(x, memory_format=torch.contiguous_format)
+                                          for x in (r, w, k, v, a, b)]
         dS = starts[0].new_zeros(B * H, N, N) if dfinal is None else dfinal.reshape(B * H, N, N)
         with torch.autocast(r.device.type, enabled=False):
             for (t, n, L), start in reversed([*zip(groups(B, T, H), starts)]):
@@ -209,7 +215,8 @@ class WKV7(torch.autograd.Function):
                 dq, dp = (x.view(n, B, H, 2, L, N) for x in (dq, dp))
                 da_ = dq[:, :, :, 0] * before
                 dw_ = (rest.sum(3, keepdim=True) + end + rest).sub_(rest.cumsum(3)).addcmul_(a_, da_, value=-1)
-                for out, x in zip(grads, (dq[:, :, :, 1] * up, dw_, dp[:, :, :, 0] * down, dv_.view(r_.shape), da_, dp[:, :, :, 1] * down)):
+                for out, x in zip(grads, (dq[:, :, :, 1] * up, dw_, dp[:, :, :, 0] * down, dv_.view(r_.shape), da_,
+                                          dp[:, :, :, 1] * down)):
                     tiles(out, t, n, L).copy_(x)
         return *grads, dS.view(B, H, N, N) if ctx.has_initial else None
 
@@ -221,7 +228,8 @@ SOURCE = r"""
 #include <string.h>
 enum { M = (N + 15) / 16, P = 16 * M, ROWS = 16 };
 typedef int64_t num;
-typedef float vec __attribute__((vector_size(64))), half __attribute__((vector_size(32))), quarter __attribute__((vector_size(16)));
+typedef float vec __attribute__((vector_size(64))), half __attribute__((vector_size(32))),
+    quarter __attribute__((vector_size(16)));
 
 static inline float sum(vec x) {
     half h[2];
@@ -239,8 +247,8 @@ static inline void load(const float *from, vec *to) {
 }
 
 /* d: e^w. s holds S transposed: a row is a key, lanes are values, so that S a and S r are sums of rows. */
-void forward(const float *r, const float *d, const float *k, const float *v, const float *a, const float *b, float *y, float *states,
-             float *state, num B, num T, num H) {
+void forward(const float *r, const float *d, const float *k, const float *v, const float *a, const float *b,
+             float *y, float *states, float *state, num B, num T, num H) {
     num chunks = (T + Q - 1) / Q;
     #pragma omp parallel for schedule(static) if (B * H * T > 8)
     for (num i = 0; i < B * H; i++) {
@@ -268,11 +276,12 @@ void forward(const float *r, const float *d, const float *k, const float *v, con
     }
 }
 
-/* g: dL/dfinal before, dL/dinitial after; R is dL/dS. Here a row is a value, lanes are keys: five of six gradients are sums of rows.
+/* g: dL/dfinal before, dL/dinitial after; R is dL/dS. A row is a value, lanes are keys: five of six gradients sum rows.
    With dy and r:  R += dy r^T;   du = R b,  dv = R k,  dr = S^T dy,  db = R^T u,  dk = R^T v,  dd = rows of R S_before,
    da = S_before^T du,   and on to the token before:  R = R diag(d) + du a^T */
-void backward(const float *r, const float *d, const float *k, const float *v, const float *a, const float *b, const float *states,
-              const float *dy, float *dr, float *dd, float *dk, float *dv, float *da, float *db, float *g, num B, num T, num H) {
+void backward(const float *r, const float *d, const float *k, const float *v, const float *a, const float *b,
+              const float *states, const float *dy, float *dr, float *dd, float *dk, float *dv, float *da, float *db,
+              float *g, num B, num T, num H) {
     num chunks = (T + Q - 1) / Q;
     #pragma omp parallel for schedule(static)
     for (num i = 0; i < B * H; i++) {
@@ -282,11 +291,12 @@ void backward(const float *r, const float *d, const float *k, const float *v, co
         for (num c = chunks - 1; c >= 0; c--) {
             num first = c * Q, count = T - first < Q ? T - first : Q;
             memset(sums, 0, sizeof sums);
-            for (num top = 0; top < N; top += ROWS) {  /* ROWS values at a time: Q states of so many stay in the cache */
+            for (num top = 0; top < N; top += ROWS) {  /* ROWS values at a time: Q states of so many stay in cache */
                 num rows = N - top < ROWS ? N - top : ROWS;
                 memset(s[0], 0, sizeof s[0]);
                 for (num j = 0; j < N; j++)
-                    for (num row = 0; row < rows; row++) ((float *)s[0][row])[j] = states[((i * chunks + c) * N + j) * P + top + row];
+                    for (num row = 0; row < rows; row++)
+                        ((float *)s[0][row])[j] = states[((i * chunks + c) * N + j) * P + top + row];
                 for (num t = 0; t < count; t++) {
                     num at = ((i / H * T + first + t) * H + i % H) * N;
                     vec d_t[M], k_t[M], a_t[M], b_t[M];
@@ -327,7 +337,8 @@ void backward(const float *r, const float *d, const float *k, const float *v, co
             }
             float *out[5] = {dr, dd, dk, da, db};
             for (num t = 0; t < count; t++)
-                for (num n = 0; n < 5; n++) memcpy(out[n] + ((i / H * T + first + t) * H + i % H) * N, sums[t][n], 4 * N);
+                for (num n = 0; n < 5; n++)
+                    memcpy(out[n] + ((i / H * T + first + t) * H + i % H) * N, sums[t][n], 4 * N);
         }
         for (num row = 0; row < N; row++) memcpy(g + (i * N + row) * N, R[row], 4 * N);
         free(s);
@@ -343,7 +354,7 @@ def library(N):
 
 
 class CompiledWKV7(torch.autograd.Function):
-    """The recurrence as it is written at the top, in fp32; kept: the state before every Q tokens, which backward goes through again."""
+    """The recurrence at the top, in fp32; kept: the state before every Q tokens, which backward goes through again."""
 
     @staticmethod
     def forward(ctx, r, w, k, v, a, b, initial):
@@ -379,11 +390,11 @@ def wkv7_torch(r, w, k, v, a, b, initial=None):
 
 
 if triton is not None:
-    # One program walks through the chunks of one (batch, head) with its state in registers: nothing goes through memory but the
-    # inputs, y and, for backward, the state before each chunk. All tiles are the header's transposed: a column is a token, so that
-    # products have BN rows, which the warps share; with rows of BT tokens every warp would compute, and hold, all of them. i is
-    # the place of a token of p in a chunk, j of one of q. Columns past T and rows past N are loaded as zeros: a decay of 1 and
-    # nothing read or written.
+    # One program walks through the chunks of one (batch, head) with its state in registers: nothing goes through memory
+    # but the inputs, y and, for backward, the state before each chunk. All tiles are the header's transposed: a column
+    # is a token, so that products have BN rows, which the warps share; with rows of BT tokens every warp would compute,
+    # and hold, all of them. i is the place of a token of p in a chunk, j of one of q. Columns past T and rows past N
+    # are loaded as zeros: a decay of 1 and nothing read or written.
 
     @triton.jit
     def product(x, y):
@@ -391,7 +402,7 @@ if triton is not None:
 
     @triton.jit
     def fine(x, y, t: tl.constexpr):
-        """The product of two fp32 tiles; to 2^-16 where the inputs' dtype t is bf16: each is the sum of two tiles in t."""
+        """Product of two fp32 tiles; to 2^-16 where the inputs' dtype t is bf16: each is the sum of two tiles in t."""
         if t == tl.float32:
             return product(x, y)
         x0, y0 = x.to(t), y.to(t)
@@ -403,8 +414,9 @@ if triton is not None:
 
     @triton.jit
     def prepare_tile(r, w, k, a, b, o, m, i, j, LOG: tl.constexpr):
-        """-> q_a, q_r, p_k, p_b [BN, BT], A_ak, A_rk, A_rb [BT, BT] as operands of products; (1 - A_ab)^{-1} [BT, BT] in fp32, for
-        where keys repeat it takes differences of nearly equal rows; e^m [BN, 1]; the factors of a, of r, of k and b [BN, BT]."""
+        """-> q_a, q_r, p_k, p_b [BN, BT], A_ak, A_rk, A_rb [BT, BT] as operands of products; (1 - A_ab)^{-1} [BT, BT]
+        in fp32, for where keys repeat it takes differences of nearly equal rows; e^m [BN, 1]; the factors of a, of r,
+        of k and b [BN, BT]."""
         t = r.dtype.element_ty
         b_w = load(w, o, m)
         c, mid = tl.cumsum(b_w, 1), tl.sum(b_w, 1, keep_dims=True) * 0.5
@@ -415,7 +427,7 @@ if triton is not None:
         A_ab = tl.where(i < j, product(tl.trans(p_b), q_a), 0.0)
         A_rk = tl.where(i <= j, product(tl.trans(p_k), q_r), 0.0).to(t)
         A_rb = tl.where(i <= j, product(tl.trans(p_b), q_r), 0.0).to(t)
-        # M holds the inverses of the diagonal's blocks of 2^e tokens; two of them and what couples them make the next larger:
+        # M holds the inverses of the diagonal's blocks of 2^e tokens; two of them and what couples them make the next:
         #   (1 - [[X, Z], [0, Y]])^{-1} = [[M_X, M_X Z M_Y], [0, M_Y]]
         M = tl.where(i == j, 1.0, 0.0) + tl.where((i >> 1) == (j >> 1), A_ab, 0.0)
         for e in tl.static_range(1, LOG):
@@ -424,8 +436,8 @@ if triton is not None:
         return q_a, q_r, p_k, p_b, A_ak, A_rk, A_rb, M, tl.exp(mid), before, up, down
 
     @triton.jit
-    def wkv7_fwd_kernel(r, w, k, v, a, b, initial, y, states, final, H, T, N: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-                        LOG: tl.constexpr):
+    def wkv7_fwd_kernel(r, w, k, v, a, b, initial, y, states, final, H, T, N: tl.constexpr, BN: tl.constexpr,
+                        BT: tl.constexpr, LOG: tl.constexpr):
         i_bh = tl.program_id(0).to(tl.int64)
         i, j, o_n = tl.arange(0, BT)[:, None], tl.arange(0, BT)[None, :], tl.arange(0, BN)[:, None]
         start = ((i_bh // H) * T * H + i_bh % H) * N
@@ -441,7 +453,8 @@ if triton is not None:
             o_t = n * BT + j
             o, m = start + o_t.to(tl.int64) * H * N + o_n, (o_t < T) & (o_n < N)
             tl.store(states + n.to(tl.int64) * N * N + o_s, S, mask=m_s)
-            q_a, q_r, p_k, p_b, A_ak, A_rk, A_rb, M, half, before, up, down = prepare_tile(r, w, k, a, b, o, m, i, j, LOG)
+            q_a, q_r, p_k, p_b, A_ak, A_rk, A_rb, M, half, before, up, down = prepare_tile(
+                r, w, k, a, b, o, m, i, j, LOG)
             b_v = tl.load(v + o, mask=m, other=0.0)
             S *= tl.trans(half)
             S_ = S.to(t)
@@ -450,7 +463,7 @@ if triton is not None:
             S = (S + product(b_v, tl.trans(p_k)) + product(u, tl.trans(p_b))) * tl.trans(half)
         tl.store(final + i_bh * N * N + o_s, S, mask=m_s)
 
-    # The names are the header's: R = dL/dS at the chunk's end, R_ = R diag(e^m), D = [dz; dy], dA = D [v; u]^T where A is not 0.
+    # The header's names: R = dL/dS at the chunk's end, R_ = R diag(e^m), D = [dz; dy], dA = D [v; u]^T where A != 0.
 
     @triton.jit
     def wkv7_bwd_kernel(r, w, k, v, a, b, states, dy, dfinal, dr, dw, dk, dv, da, db, dinitial, H, T, N: tl.constexpr,
@@ -470,7 +483,8 @@ if triton is not None:
         for n in range(0, n_t):
             o_t = (n_t - 1 - n) * BT + j
             o, m = start + o_t.to(tl.int64) * H * N + o_n, (o_t < T) & (o_n < N)
-            q_a, q_r, p_k, p_b, A_ak, A_rk, A_rb, M, half, before, up, down = prepare_tile(r, w, k, a, b, o, m, i, j, LOG)
+            q_a, q_r, p_k, p_b, A_ak, A_rk, A_rb, M, half, before, up, down = prepare_tile(
+                r, w, k, a, b, o, m, i, j, LOG)
             b_v, b_dy = tl.load(v + o, mask=m, other=0.0), tl.load(dy + o, mask=m, other=0.0)
             S = load(states + (n_t - 1 - n).to(tl.int64) * N * N, o_s, m_s) * tl.trans(half)
             R *= tl.trans(half)
@@ -511,7 +525,7 @@ if triton is not None:
     TILE = 16  # tokens of a chunk in the kernels
 
     def config(r):
-        """A tile's rows are shared by 4 warps; in fp32, where products are plain FMAs with whole rows in registers, by 8."""
+        """A tile's rows are shared by 4 warps; in fp32, where products are FMAs with whole rows in registers, by 8."""
         N = r.shape[3]
         BN = max(16, triton.next_power_of_2(N))
         warps = 8 if BN == 64 and r.dtype == torch.float32 else 4
@@ -524,8 +538,9 @@ if triton is not None:
         B, T, H, N = r.shape
         y, final = r.new_empty(r.shape), r.new_empty(B, H, N, N, dtype=torch.float32)
         states = r.new_empty(B, H, triton.cdiv(T, TILE), N, N)
-        wkv7_fwd_kernel[(B * H,)](*(x.contiguous() for x in (r, w, k, v, a, b)), None if initial is None else initial.contiguous(),
-                                  y, states, final, H, T, **config(r))
+        wkv7_fwd_kernel[(B * H,)](
+            *(x.contiguous() for x in (r, w, k, v, a, b)), None if initial is None else initial.contiguous(),
+            y, states, final, H, T, **config(r))
         return y, final, states
 
     @wkv7_op.register_fake
@@ -537,14 +552,15 @@ if triton is not None:
     @torch.library.custom_op("kernels::wkv7_bwd", mutates_args=())
     def wkv7_bwd_op(dy: torch.Tensor, dfinal: torch.Tensor | None, r: torch.Tensor, w: torch.Tensor, k: torch.Tensor,
                     v: torch.Tensor, a: torch.Tensor, b: torch.Tensor, states: torch.Tensor, initial: bool
-                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+                               torch.Tensor]:
         """-> dr, dw, dk, dv, da, db, dinitial (empty without initial)."""
         B, T, H, N = r.shape
         grads = [r.new_empty(r.shape) for _ in range(6)]
         dinitial = r.new_empty((B, H, N, N) if initial else 0, dtype=torch.float32)
-        wkv7_bwd_kernel[(B * H,)](*(x.contiguous() for x in (r, w, k, v, a, b)), states, dy.contiguous(),
-                                  None if dfinal is None else dfinal.contiguous(), *grads, dinitial if initial else None,
-                                  H, T, **config(r))
+        wkv7_bwd_kernel[(B * H,)](
+            *(x.contiguous() for x in (r, w, k, v, a, b)), states, dy.contiguous(),
+            None if dfinal is None else dfinal.contiguous(), *grads, dinitial if initial else None, H, T, **config(r))
         return *grads, dinitial
 
     @wkv7_bwd_op.register_fake
@@ -561,7 +577,8 @@ if triton is not None:
 
     def wkv7_backward(ctx, dy, dfinal, _):
         saved = ctx.saved_tensors  # once: activation checkpointing makes them again at each look
-        *grads, dinitial = wkv7_bwd_op(torch.zeros_like(saved[0]) if dy is None else dy, dfinal, *saved, bool(ctx.initial))
+        *grads, dinitial = wkv7_bwd_op(torch.zeros_like(saved[0]) if dy is None else dy, dfinal, *saved,
+                                       bool(ctx.initial))
         return *grads, dinitial.to(ctx.initial) if ctx.initial else None
 
     wkv7_op.register_autograd(wkv7_backward, setup_context=save_for_backward)
@@ -573,9 +590,9 @@ if triton is not None:
 
 
 def wkv7(r, w, k, v, a, b, initial=None):
-    """r, w, k, v, a, b (B, T, H, N), initial (B, H, N, N) or None: the state before the first token -> y (B, T, H, N) in r's
-    dtype, final (B, H, N, N) fp32: the state after the last. T >= 1. ValueError: shapes or dtypes that do not fit; on a GPU
-    also N > 64."""
+    """r, w, k, v, a, b (B, T, H, N), initial (B, H, N, N) or None: the state before the first token -> y (B, T, H, N)
+    in r's dtype, final (B, H, N, N) fp32: the state after the last. T >= 1. ValueError: shapes or dtypes that do not
+    fit; on a GPU also N > 64."""
     B, T, H, N = r.shape
     if any(x.shape != r.shape or x.dtype != r.dtype for x in (w, k, v, a, b)) or not T or (
             initial is not None and initial.shape != (B, H, N, N)):
