@@ -1,24 +1,24 @@
 """
-DiT: diffusion with a Transformer             Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", arXiv:2212.09748v2
-and its text-conditional form, PixArt-alpha   Chen et al. 2023, arXiv:2310.00426v3
+DiT: diffusion with a Transformer  Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", arXiv:2212.09748v2
+and its text form, PixArt-alpha    Chen et al. 2023, arXiv:2310.00426v3
 
-Special: a picture is a sequence of patches, every patch sees all others, and the condition decides each block's norms and gates.
-    x_t     = a_t x_0 + s_t eps                                      a picture, noisier with t; the model is asked for eps (ddpm)
-                                                                     or for the way from picture to noise, eps - x_0 (flow)
+Special: a picture is a sequence of patches that all see each other; the condition decides each block's norms and gates.
+    x_t     = a_t x_0 + s_t eps                                a picture, noisier with t; the model is asked for eps
+                                                               (ddpm) or the way from picture to noise, eps - x_0 (flow)
     h       = patches of x_t, each a token, + positions
-    (shift, scale, gate) x 2 = W silu(t_emb + label_emb) + b         adaLN; W = 0 at first, so every block starts as the identity
+    (shift, scale, gate) x 2 = W silu(t_emb + label_emb) + b   adaLN; W = 0 at first: every block starts as the identity
     h      += gate1 Attention(LN(h) (1 + scale1) + shift1)
-    h      += Attention(h, caption)                                  --cond text only; there the W above is one for all blocks
+    h      += Attention(h, caption)                            --cond text only; there the W above is one for all blocks
     h      += gate2 MLP(LN(h) (1 + scale2) + shift2)
 
-Run:     python dit.py                                               trains on drawn shapes with captions, ends with a grid of pictures
+Run:     python dit.py                                trains on drawn shapes with captions, ends with a grid of pictures
          python dit.py --sample "a small red circle" --guidance 3    from out/dit
-         python dit.py --data cifar10 --cond class                   or mnist, fashion_mnist, a folder of pictures, an .npz
+         python dit.py --data cifar10 --cond class    or mnist, fashion_mnist, a folder of pictures, an .npz
          python dit.py --init DiT-XL-2-256x256.pt --sample 207 --guidance 4 --vae stabilityai/sd-vae-ft-mse
-                                                                     Meta's weights (also PixArt-alpha's .pth, and diffusers' folders)
-         torchrun --nproc_per_node=2 dit.py                          the same run on two GPUs
+                                                      Meta's weights (also PixArt-alpha's .pth, and diffusers' folders)
+         torchrun --nproc_per_node=2 dit.py           the same run on two GPUs
 Expect:  what the pictures show, losses and minutes are in bench/RESULTS.md, each with its command.
-Alone:   this file needs PyTorch, numpy and safetensors (pillow for a folder of pictures); with kernels/ beside it, it is faster.
+Alone:   this file needs PyTorch, numpy and safetensors (pillow for picture folders); faster with kernels/ beside it.
 """
 
 import argparse
@@ -83,13 +83,13 @@ class Config:
     cond: str = "text"  # none | class (DiT) | text (PixArt-alpha)
     classes: int = 0  # labels that --cond class knows; 0: as many as the data has
     captions: int = 32  # positions of a caption, for --cond text
-    features: int = 0  # width of a caption's features where they come from elsewhere; 0: bytes, through an encoder in this file
+    features: int = 0  # width of a caption's features where they come from elsewhere; 0: bytes, encoded in this file
     learn_sigma: bool = False  # predict the variance of a step, too, as the official models do (--objective ddpm)
     objective: str = "flow"  # ddpm | flow
     betas: str = "linear"  # noise levels of --objective ddpm: linear (DDPM, DiT) | scaled (Stable Diffusion) | cosine
     # the run
     preset: str = ""  # sizes and schedule together; default: cpu without a GPU, gpu with one
-    data: str = "shapes"  # name in data/, an .npz (images; labels, captions or features), a folder of pictures (.txt beside them)
+    data: str = "shapes"  # name in data/, an .npz (images; labels, captions or features), a folder of pictures and .txt
     flip: bool = False  # mirror half of the pictures of an .npz or a folder; sets in data/ know whether it is allowed
     batch: int = 64  # pictures per micro-step, over all processes together
     accum: int = 1  # micro-steps whose gradients are summed into one step
@@ -115,7 +115,7 @@ class Config:
     eval_every: int = 250  # steps between evaluations and saves
     eval_iters: int = 4  # batches of an evaluation; always the same ones, with the same noise
     log_every: int = 10  # steps between progress lines
-    sample: str = ""  # pictures of this caption, class name or number (several: "a | b"), from --out or --init, instead of training
+    sample: str = ""  # draw this caption, class or number ("a | b": both), from --out or --init, instead of training
     number: int = 8  # how many of each
     sampler: str = ""  # ddpm | ddim | euler | heun; default: euler for flow, ddpm for ddpm
     sample_steps: int = 50  # steps of the sampler
@@ -124,20 +124,22 @@ class Config:
 
 
 XL = dict(layers=28, dim=1152, heads=16)
-DIT = dict(size=32, channels=4, cond="class", classes=1000, objective="ddpm", learn_sigma=True, data="latents.npz", batch=256, steps=400_000,
-           eval_every=1000, sampler="ddpm", sample_steps=250, guidance=4.0)  # fmt: skip
-SHAPES = {"S": dict(layers=12, dim=384, heads=6), "B": dict(layers=12, dim=768, heads=12), "L": dict(layers=24, dim=1024, heads=16), "XL": XL}
+DIT = dict(size=32, channels=4, cond="class", classes=1000, objective="ddpm", learn_sigma=True, data="latents.npz",
+           batch=256, steps=400_000, eval_every=1000, sampler="ddpm", sample_steps=250, guidance=4.0)  # fmt: skip
+SHAPES = {"S": dict(layers=12, dim=384, heads=6), "B": dict(layers=12, dim=768, heads=12),
+          "L": dict(layers=24, dim=1024, heads=16), "XL": XL}  # fmt: skip
 PRESETS = {
     # about five minutes on two cores
-    "cpu": dict(layers=4, heads=4, dim=128, captions=24, batch=16, steps=1900, lr=7e-3, lr_end=0.0, warmup=20, optim="muon", ema=0.99, dtype="fp32",
-                eval_every=950),
+    "cpu": dict(layers=4, heads=4, dim=128, captions=24, batch=16, steps=1900, lr=7e-3, lr_end=0.0, warmup=20,
+                optim="muon", ema=0.99, dtype="fp32", eval_every=950),
     # pixels of 32 to 64 a side on one 12 GB GPU
-    "gpu": dict(layers=12, heads=6, dim=384, batch=256, steps=20_000, lr=4e-4, lr_end=0.0, warmup=200, beta2=0.99, ema=0.999, eval_every=1000),
+    "gpu": dict(layers=12, heads=6, dim=384, batch=256, steps=20_000, lr=4e-4, lr_end=0.0, warmup=200, beta2=0.99,
+                ema=0.999, eval_every=1000),
     # the paper's sizes and recipe, in latents of 256 x 256 pictures: an .npz with images (N, 4, 32, 32)
     **{f"{s}/{p}": dict(patch=p, **SHAPES[s], **DIT) for s in SHAPES for p in (2, 4, 8)},
     # PixArt-alpha at 512 x 512, with T5's features of the captions in the .npz
-    "PixArt-XL/2": dict(patch=2, **XL, **DIT | dict(size=64, cond="text", classes=0, captions=120, features=4096, lr=2e-5, wd=0.03, batch=64,
-                        sample_steps=100, guidance=4.5)),
+    "PixArt-XL/2": dict(patch=2, **XL, **DIT | dict(size=64, cond="text", classes=0, captions=120, features=4096,
+                        lr=2e-5, wd=0.03, batch=64, sample_steps=100, guidance=4.5)),
 }  # fmt: skip
 
 
@@ -155,9 +157,10 @@ def alpha_bar(kind):
 
 
 def posterior(now, then):
-    """q(x_then | x_now, x_0) for the alpha_bar of two times -> the factors of x_0 and x_now in its mean, beta~ and beta (DDPM, eq. 7)."""
+    """q(x_then | x_now, x_0) of two alpha_bar -> its mean's factors of x_0 and x_now, beta~ and beta (DDPM, eq. 7)."""
     beta = 1 - now / then
-    return then**0.5 * beta / (1 - now), (now / then) ** 0.5 * (1 - then) / (1 - now), beta * (1 - then) / (1 - now), beta
+    return (then**0.5 * beta / (1 - now), (now / then) ** 0.5 * (1 - then) / (1 - now),
+            beta * (1 - then) / (1 - now), beta)
 
 
 @functools.cache
@@ -175,7 +178,8 @@ def normal_kl(m1, v1, m2, v2):
 
 
 def log_likelihood(x, mean, log_std):
-    """log of the normal's mass in the bin of x, 1/255 to each side, the outer bins open. Phi is its tanh approximation, as in the official code."""
+    """log of the normal's mass in the bin of x, 1/255 to each side, the outer bins open.
+    Phi is its tanh approximation, as in the official code."""
     cdf = lambda z: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
     above, below = (cdf((x - mean + d) * (-log_std).exp()) for d in (1 / 255, -1 / 255))
     mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
@@ -183,10 +187,11 @@ def log_likelihood(x, mean, log_std):
 
 
 class Diffusion(nn.Module):
-    """From noise to a picture with forward(x_t, t, cond, mask=None, drop=None) -> prediction; x_t = a x_0 + s eps, t (B,) in [0, LEVELS).
+    """From noise to a picture with forward(x_t, t, cond, mask=None, drop=None) -> prediction.
 
-    ddpm: a^2 = alpha_bar_t, s^2 = 1 - a^2; the prediction is eps (Ho et al. 2020, arXiv:2006.11239) and, with learn_sigma, where
-    log sigma^2 lies between its bounds (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15).
+    x_t = a x_0 + s eps, t (B,) in [0, LEVELS).
+    ddpm: a^2 = alpha_bar_t, s^2 = 1 - a^2; the prediction is eps (Ho et al. 2020, arXiv:2006.11239) and, with
+    learn_sigma, where log sigma^2 lies between its bounds (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15).
     flow: a = 1 - t / LEVELS, s = t / LEVELS; the prediction is eps - x_0 (Liu et al. 2022, arXiv:2209.03003).
     """
 
@@ -204,8 +209,8 @@ class Diffusion(nn.Module):
         drop = u[:, 1] < self.cfg.drop if self.training else None
         t, c = LEVELS * u[:, 0], x0.shape[1]
         if self.cfg.objective == "flow":
-            if self.training:  # most often in the middle, where forms are decided: logit-normal (Esser et al. 2024, arXiv:2403.03206, eq. 19)
-                t = LEVELS * torch.sigmoid(torch.special.ndtri(u[:, 0]) + 0.5)
+            if self.training:  # most often in the middle, where forms are decided: logit-normal, Esser et al. 2024,
+                t = LEVELS * torch.sigmoid(torch.special.ndtri(u[:, 0]) + 0.5)  # arXiv:2403.03206, eq. 19
             s = (t / LEVELS).view(-1, 1, 1, 1)
             return F.mse_loss(self((1 - s) * x0 + s * noise, t, cond, mask, drop).float(), noise - x0)
         t = t.long().clamp(max=LEVELS - 1)
@@ -221,24 +226,28 @@ class Diffusion(nn.Module):
         return loss
 
     def times(self, steps):
-        """Times of a sampler: `steps` of 0..LEVELS-1 from the last to the first (the official respacing); flow: even steps from LEVELS on."""
+        """Times of a sampler: `steps` of 0..LEVELS-1, falling (the official respacing); flow: evenly from LEVELS on."""
         if self.cfg.objective == "flow":
             return [LEVELS * (1 - i / steps) for i in range(steps)]
         return sorted({round(i * (LEVELS - 1) / max(1, steps - 1)) for i in range(steps)}, reverse=True)
 
     @torch.no_grad()
-    def sample(self, cond, steps=50, guidance=1.0, generator=None, sampler="", mask=None, noise=None, times=None, eta=0.0, clip=False):
+    def sample(self, cond, steps=50, guidance=1.0, generator=None, sampler="",
+               mask=None, noise=None, times=None, eta=0.0, clip=False):
         """cond (B, ...) as forward() takes it, or as the data has it -> pictures (B, c, h, w).
 
-        ddim, euler   x' = a' x_0^ + s' eps^                   Song et al. 2020, arXiv:2010.02502, eq. 12 without noise; for flow it is Euler's rule
+        ddim, euler   x' = a' x_0^ + s' eps^                   Song et al. 2020, arXiv:2010.02502, eq. 12 without noise;
+                                                               for flow it is Euler's rule
         ddpm          x' = mean of q(x' | x, x_0^) + sigma z   DDPM, algorithm 2; sigma^2 is learned, or beta~
-        heun          euler, and again with the mean of the slopes at both ends; Karras et al. 2022, arXiv:2206.00364, algorithm 1
-        noise, times: x_T and the times, where they are given. eta: noise in ddim, 1 is as much as ddpm's. clip: keep x_0^ in [-1, 1], for pixels.
+        heun          euler, again with the mean slope of both ends; Karras et al. 2022, arXiv:2206.00364, algorithm 1
+        noise, times: x_T and the times, where they are given. eta: noise in ddim, 1 is as much as ddpm's.
+        clip: keep x_0^ in [-1, 1], for pixels.
         """
         flow, was, B = self.cfg.objective == "flow", self.training, len(cond)
         sampler, times = sampler or ("euler" if flow else "ddpm"), self.times(steps) if times is None else list(times)
         device, shape = next(self.parameters()).device, (B, *self.noise_shape(self.cfg))
-        randn = lambda: torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+        randn = lambda: torch.randn(shape, generator=generator,
+                                    device=generator.device if generator else device).to(device)
         self.eval()
         x, cond = randn() if noise is None else noise, self.encode(cond)
         twice = lambda v: None if v is None else torch.cat([v, v])
@@ -247,7 +256,8 @@ class Diffusion(nn.Module):
         a_s = lambda t: (1 - t / LEVELS, t / LEVELS) if flow else (bars[t] ** 0.5, (1 - bars[t]) ** 0.5)
 
         def predict(x, now):
-            """-> x_0^, eps^ and v, if it is learned; guidance: eps = eps_free + g (eps_cond - eps_free) (Ho & Salimans 2022, arXiv:2207.12598)."""
+            """-> x_0^, eps^ and v, if it is learned; guidance: eps = eps_free + g (eps_cond - eps_free)
+            (Ho & Salimans 2022, arXiv:2207.12598)."""
             (a, s), t, c = a_s(now), torch.full((B,), now, device=device), x.shape[1]
             if guidance == 1:
                 out = self(x, t, cond, mask).float()
@@ -270,7 +280,8 @@ class Diffusion(nn.Module):
                 c0, ct, small, beta = posterior(bars[now], 1.0 if last else bars[then])
                 x = c0 * x0 + ct * x
                 if not last:
-                    log_var = (v + 1) / 2 * math.log(beta) + (1 - v) / 2 * math.log(small) if v.shape[1] else torch.tensor(math.log(small))
+                    log_var = ((v + 1) / 2 * math.log(beta) + (1 - v) / 2 * math.log(small) if v.shape[1]
+                               else torch.tensor(math.log(small)))
                     x = x + (log_var / 2).exp() * randn()
                 continue
             sigma = eta * s1 / s * (1 - (a / a1) ** 2) ** 0.5 if eta else 0.0
@@ -310,7 +321,7 @@ class Objective(nn.Module):
 
 
 class EMA(torch.optim.Optimizer):
-    """average <- decay average + (1 - decay) weights after each step. It stands last among the optimizers and needs no gradient."""
+    """average <- decay average + (1 - decay) weights after each step; last of the optimizers, it needs no gradient."""
 
     def __init__(self, params, decay):
         super().__init__(params, dict(lr=0.0, lr_scale=0.0, wd=0.0, weight_decay=0.0, decay=decay))
@@ -410,14 +421,15 @@ class CaptionEmbedder(nn.Module):
 
 
 class CaptionEncoder(nn.Module):
-    """Bytes (B, S) -> features (B, S, C): a convolution over seven bytes, which tells words apart, and a Transformer layer that sees
-    the whole caption. (PixArt-alpha takes T5's features instead.)"""
+    """Bytes (B, S) -> features (B, S, C): a convolution over seven bytes, which tells words apart, and a Transformer
+    layer that sees the whole caption. (PixArt-alpha takes T5's features instead.)"""
 
     def __init__(self, n, C):
         super().__init__()
         self.wte, self.wpe = nn.Embedding(256, C), nn.Embedding(n, C)
         self.conv, self.mix = nn.Conv1d(C, 2 * C, 7, padding=3), Linear(2 * C, C)
-        self.layer, self.norm = nn.TransformerEncoderLayer(C, 4, 4 * C, 0.0, "gelu", batch_first=True, norm_first=True), nn.LayerNorm(C)
+        self.layer, self.norm = (
+            nn.TransformerEncoderLayer(C, 4, 4 * C, 0.0, "gelu", batch_first=True, norm_first=True), nn.LayerNorm(C))
 
     def forward(self, ids):
         x = self.wte(ids)  # (B, S, C)
@@ -470,7 +482,8 @@ class Block(nn.Module):
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(C, 6 * C))
 
     def forward(self, x, c, y=None, mask=None):
-        """x (B, T, C); c (B, C) of time and label, or (B, 6, C) of time, the same for all blocks; y (B, S, C), mask (B, S): the caption."""
+        """x (B, T, C); c (B, C) of time and label, or (B, 6, C) of time, the same for all blocks;
+        y (B, S, C), mask (B, S): the caption."""
         m = self.adaLN_modulation(c).view(len(x), 6, -1) if y is None else self.scale_shift_table + c
         shift1, scale1, gate1, shift2, scale2, gate2 = m.unbind(1)  # each (B, C)
         a = self.attn(modulate(x, shift1, scale1))
@@ -509,7 +522,7 @@ class Model(Diffusion):
         if cfg.dim % 4:
             bad(f"--dim {cfg.dim}: must be divisible by 4, the kinds of sinusoids in a position")
         self.cfg, C, P = cfg, cfg.dim, cfg.patch
-        self.guided = 3 if cfg.cond == "class" and cfg.channels == 4 else None  # as the official DiT, where latents have 4
+        self.guided = 3 if cfg.cond == "class" and cfg.channels == 4 else None  # as the official DiT; latents have 4
         self.out = cfg.channels * (1 + cfg.learn_sigma)
         self.register_buffer("pos_embed", positions(cfg.size // P, C))
         self.x_embedder = PatchEmbed(cfg.channels, P, C)
@@ -526,7 +539,8 @@ class Model(Diffusion):
         self.initialise()
 
     def initialise(self):
-        """Xavier's uniform for products, 0.02 for times and labels, 1 for bytes; zero for what would let a block, or the output, do anything at first."""
+        """Xavier's uniform for products, 0.02 for times and labels, 1 for bytes;
+        zero for what would let a block, or the output, do anything at first."""
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -548,7 +562,8 @@ class Model(Diffusion):
         return self.caption_encoder(cond.long()) if self.cfg.cond == "text" and cond.ndim == 2 else cond
 
     def forward(self, x, t, cond=None, mask=None, drop=None):
-        """x (B, c, h, w), t (B,), cond: labels (B,), bytes (B, S) or features (B, S, C), mask (B, S) -> (B, c or 2 c, h, w); drop (B,): no condition there."""
+        """x (B, c, h, w), t (B,), cond: labels (B,), bytes (B, S) or features (B, S, C), mask (B, S)
+        -> (B, c or 2 c, h, w); drop (B,): no condition there."""
         (B, _, h, w), P, text = x.shape, self.cfg.patch, self.cfg.cond == "text"
         x = self.x_embedder(x) + self.pos_embed  # (B, T, C)
         c = self.t_embedder(t)  # (B, C)
@@ -578,7 +593,8 @@ class Model(Diffusion):
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
-        """source: a folder of ours or of diffusers (DiTTransformer2DModel, PixArtTransformer2DModel), or Meta's or PixArt-alpha's file."""
+        """source: a folder of ours or of diffusers (DiTTransformer2DModel, PixArtTransformer2DModel),
+        or Meta's or PixArt-alpha's file."""
         source = HUB.get(source, source)
         if not Path(source).exists() and source.count("/") == 1:  # on the hub: the part of a pipeline that is the model
             find_checkpoint(f"{source}/transformer/config.json")
@@ -593,7 +609,7 @@ class Model(Diffusion):
         return model
 
     def save_pretrained(self, folder, tensors=None, **how):
-        """model.safetensors with the official names, so that the official class loads it, and config.json with the sizes."""
+        """model.safetensors with the official names, which the official class loads, and config.json with the sizes."""
         config = dict(model_type="dit", **{k: getattr(self.cfg, k) for k in SIZES})
         write_weights(folder, self.state_dict() if tensors is None else tensors, config, **how)
 
@@ -602,17 +618,20 @@ HUB = {f"DiT-XL-2-{n}": f"facebook/DiT-XL-2-{n}" for n in (256, 512)}
 
 
 DIFFUSERS = [  # its names -> the official ones, of DiT and of PixArt-alpha
-    (r"^transformer_blocks\.", "blocks."), (r"^pos_embed\.proj", "x_embedder.proj"), (r"^caption_projection\.linear_", "y_embedder.y_proj.fc"),
+    (r"^transformer_blocks\.", "blocks."), (r"^pos_embed\.proj", "x_embedder.proj"),
+    (r"^caption_projection\.linear_", "y_embedder.y_proj.fc"),
     (r"^(?:blocks\.0\.norm1|adaln_single)\.emb\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
-    (r"^(?:blocks\.0\.norm1|adaln_single)\.emb\.timestep_embedder\.linear_2", "t_embedder.mlp.2"), (r"^adaln_single\.linear", "t_block.1"),
-    (r"^blocks\.0\.norm1\.emb\.class_embedder", "y_embedder"), (r"\.norm1\.linear", ".adaLN_modulation.1"), (r"\.ff\.net\.0\.proj", ".mlp.fc1"),
-    (r"\.ff\.net\.2", ".mlp.fc2"), (r"^proj_out_1", "final_layer.adaLN_modulation.1"), (r"^proj_out(_2)?\.", "final_layer.linear."),
-    (r"^scale_shift_table", "final_layer.scale_shift_table"), (r"\.attn2\.to_q", ".cross_attn.q_linear"), (r"\.(attn\d)\.to_out\.0", r".\1.proj"),
+    (r"^(?:blocks\.0\.norm1|adaln_single)\.emb\.timestep_embedder\.linear_2", "t_embedder.mlp.2"),
+    (r"^adaln_single\.linear", "t_block.1"), (r"^blocks\.0\.norm1\.emb\.class_embedder", "y_embedder"),
+    (r"\.norm1\.linear", ".adaLN_modulation.1"), (r"\.ff\.net\.0\.proj", ".mlp.fc1"), (r"\.ff\.net\.2", ".mlp.fc2"),
+    (r"^proj_out_1", "final_layer.adaLN_modulation.1"), (r"^proj_out(_2)?\.", "final_layer.linear."),
+    (r"^scale_shift_table", "final_layer.scale_shift_table"), (r"\.attn2\.to_q", ".cross_attn.q_linear"),
+    (r"\.(attn\d)\.to_out\.0", r".\1.proj"),
 ]  # fmt: skip
 
 
 def from_diffusers(tensors, config):
-    """DiTTransformer2DModel's or PixArtTransformer2DModel's tensors under the official names; q, k and v are one product there."""
+    """DiTTransformer2DModel's or PixArtTransformer2DModel's tensors under official names; q, k, v are one product."""
     found = {}
     for k, t in tensors.items():
         for pattern, name in DIFFUSERS:
@@ -620,9 +639,11 @@ def from_diffusers(tensors, config):
         if not re.search(r"\.norm1\.emb\.", k):  # each block of DiT holds the embedders again
             found[k] = t
     for k in [k for k in found if k.endswith(("attn1.to_q.weight", "attn1.to_q.bias"))]:
-        found[k.replace("attn1.to_q", "attn1.qkv")] = torch.cat([found.pop(k.replace("to_q", n)) for n in ("to_q", "to_k", "to_v")])
+        found[k.replace("attn1.to_q", "attn1.qkv")] = torch.cat([found.pop(k.replace("to_q", n))
+                                                                 for n in ("to_q", "to_k", "to_v")])
     for k in [k for k in found if ".attn2.to_k" in k]:
-        found[k.replace("attn2.to_k", "cross_attn.kv_linear")] = torch.cat([found.pop(k), found.pop(k.replace("to_k", "to_v"))])
+        found[k.replace("attn2.to_k", "cross_attn.kv_linear")] = torch.cat([found.pop(k),
+                                                                            found.pop(k.replace("to_k", "to_v"))])
     found = {k.replace(".attn1.", ".attn.").replace(".attn2.", ".cross_attn."): t for k, t in found.items()}
     C, P = found["x_embedder.proj.weight"].shape[0], config["patch_size"]
     scale = config.get("interpolation_scale") or max(config["sample_size"] // 64, 1)
@@ -635,8 +656,9 @@ def from_diffusers(tensors, config):
 def sizes(tensors, heads=0):
     """The Config fields that official tensors tell."""
     C, c, P, _ = tensors["x_embedder.proj.weight"].shape
-    found = dict(dim=C, channels=c, patch=P, size=P * math.isqrt(tensors["pos_embed"].shape[1]), objective="ddpm", cond="none",
-                 layers=1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")), heads=heads or (16 if C == 1152 else C // 64),
+    found = dict(dim=C, channels=c, patch=P, size=P * math.isqrt(tensors["pos_embed"].shape[1]), objective="ddpm",
+                 cond="none", layers=1 + max(int(k.split(".")[1]) for k in tensors if k.startswith("blocks.")),
+                 heads=heads or (16 if C == 1152 else C // 64),
                  learn_sigma=len(tensors["final_layer.linear.bias"]) == 2 * c * P * P)  # fmt: skip
     if "y_embedder.embedding_table.weight" in tensors:
         found |= dict(cond="class", classes=len(tensors["y_embedder.embedding_table.weight"]) - 1)
@@ -647,7 +669,7 @@ def sizes(tensors, heads=0):
 
 
 def read_model(path):
-    """-> (Config fields, tensors with the official names) of a folder of ours or of diffusers, or of Meta's or PixArt-alpha's file."""
+    """-> (Config fields, official tensors) of a folder of ours or of diffusers, or of Meta's or PixArt-alpha's file."""
     path = path / "transformer" if (path / "transformer").is_dir() else path
     weights = path / "diffusion_pytorch_model.safetensors"
     try:
@@ -655,8 +677,10 @@ def read_model(path):
             config, tensors = read_checkpoint(path)
             return {k: v for k, v in config.items() if k != "model_type"}, tensors
         if path.is_dir():
-            config, weights = json.loads((path / "config.json").read_text()), weights if weights.is_file() else weights.with_suffix(".bin")
-            tensors = load_file(weights) if weights.suffix == ".safetensors" else torch.load(weights, map_location="cpu", weights_only=True)
+            config, weights = (json.loads((path / "config.json").read_text()),
+                               weights if weights.is_file() else weights.with_suffix(".bin"))
+            tensors = (load_file(weights) if weights.suffix == ".safetensors"
+                       else torch.load(weights, map_location="cpu", weights_only=True))
             tensors = from_diffusers(tensors, config)
             return sizes(tensors, config["num_attention_heads"]), tensors
         if path.suffix == ".safetensors":
@@ -744,7 +768,8 @@ def parse(argv=None):
 
 
 # ----- shapes (shared) -----
-COLOURS = dict(red=(220, 40, 40), green=(40, 180, 60), blue=(50, 80, 230), yellow=(235, 210, 30), purple=(170, 50, 200), cyan=(30, 200, 210))
+COLOURS = dict(red=(220, 40, 40), green=(40, 180, 60), blue=(50, 80, 230), yellow=(235, 210, 30),
+               purple=(170, 50, 200), cyan=(30, 200, 210))  # fmt: skip
 FORMS = ("circle", "square", "triangle", "ring", "cross")
 
 
@@ -762,7 +787,7 @@ def outside(form, x, y, r):
 
 
 def draw_shapes(n, size, seed):
-    """n pictures of one shape each -> images (n, size, size, 3) uint8, labels (n,), captions (n,), and the labels' names."""
+    """n pictures of a shape each -> images (n, size, size, 3) uint8, labels (n,), captions (n,), the labels' names."""
     rng = np.random.default_rng((seed, size))
     names = [f"{c} {f}" for c in COLOURS for f in FORMS]
     labels, large, told = rng.integers(len(names), size=n), rng.random(n) < 0.5, rng.random(n) < 0.75
@@ -801,7 +826,7 @@ def check(cfg):
 
 
 class Tokenizer:
-    """Conditions as numbers. kind none: 0. class: a place among the names `chars`. byte: a caption's utf-8, filled up with zeros."""
+    """Conditions as numbers. kind none: 0. class: a place in the names `chars`. byte: a caption's utf-8, then zeros."""
 
     def __init__(self, kind, chars=()):
         self.kind, self.chars = kind, list(chars)
@@ -828,11 +853,12 @@ class Tokenizer:
 
     def decode(self, row):
         """A row of encode() -> text."""
-        return bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") if self.kind == "byte" else self.chars[int(row)] if self.chars else ""
+        return (bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") if self.kind == "byte"
+                else self.chars[int(row)] if self.chars else "")
 
 
 class Images:
-    """Pictures of one split with their conditions: uint8 (N, h, w, c), or latents as floats (N, c, h, w), as they lie on the disk."""
+    """Pictures of a split with their conditions: uint8 (N, h, w, c), or float latents (N, c, h, w), as on the disk."""
 
     unit = "picture"
 
@@ -844,7 +870,7 @@ class Images:
         return f"{N:,} training pictures of {' x '.join(map(str, shape))}{', mirrored too' * self.flip}"
 
     def pack(self, numbers, mirrored, u, noise):
-        """-> x_0 in [-1, 1] (n, c, h, w), conditions, two uniform numbers and the noise of each; with features, their mask."""
+        """-> x_0 in [-1, 1] (n, c, h, w), conditions, two uniform numbers and noise of each; with features, a mask."""
         x = torch.from_numpy(np.ascontiguousarray(self.pictures[numbers]))
         x = x.permute(0, 3, 1, 2).float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
         x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x).contiguous()
@@ -853,15 +879,17 @@ class Images:
         return (x, cond, u, noise) if self.mask is None else (x, cond, u, noise, torch.from_numpy(self.mask[numbers]))
 
     def batch(self, cfg, step, micro, rank, world):
-        """A pure function of (seed, step, micro), noise included, split over the processes: any number of them sees the same data."""
+        """A pure function of (seed, step, micro), noise too, split over processes: any number sees the same data."""
         rng = np.random.default_rng((cfg.seed, step, micro))
         numbers, mirrored = rng.integers(len(self.pictures), size=cfg.batch), rng.random(cfg.batch) < 0.5 * self.flip
         g = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        u, noise, mine = torch.rand(cfg.batch, 2, generator=g), torch.randn(cfg.batch, *self.shape, generator=g), slice(rank, None, world)
+        u, noise, mine = (torch.rand(cfg.batch, 2, generator=g), torch.randn(cfg.batch, *self.shape, generator=g),
+                          slice(rank, None, world))
         return self.pack(numbers[mine], torch.from_numpy(mirrored[mine]), u[mine], noise[mine])
 
     def windows(self, numbers):
-        """For evaluation: a picture's noise depends on its number alone, and its times fill [0, 1) evenly (multiples of the golden ratio)."""
+        """For evaluation: a picture's noise depends on its number alone, and its times fill [0, 1) evenly
+        (multiples of the golden ratio)."""
         n = torch.as_tensor(numbers, dtype=torch.float64)
         u = torch.stack([n * 0.6180339887498949 % 1, torch.ones(len(n))], 1).float()
         noise = torch.stack([torch.randn(self.shape, generator=torch.Generator().manual_seed(int(i))) for i in numbers])
@@ -880,24 +908,26 @@ class Images:
 def example(cfg, batch):
     """A batch of the right shapes, for plans and timings."""
     cond = dict(none=torch.zeros(batch).long(), text=torch.randint(32, 127, (batch, cfg.captions))).get(cfg.cond)
-    cond = torch.randint(max(1, cfg.classes), (batch,)) if cond is None else torch.randn(*cond.shape, cfg.features) if cfg.features else cond
+    cond = (torch.randint(max(1, cfg.classes), (batch,)) if cond is None
+            else torch.randn(*cond.shape, cfg.features) if cfg.features else cond)
     x = torch.randn(batch, *Model.noise_shape(cfg))
     return x, cond, torch.rand(batch, 2), torch.randn_like(x)
 
 
 def read_pictures(folder, size):
-    """A folder of pictures -> uint8 (N, size, size, 3), captions (.txt beside a picture, or its name) and labels (its subfolder)."""
+    """A folder of pictures -> uint8 (N, size, size, 3), captions (.txt beside one, or its name), labels (subfolder)."""
     try:
         from PIL import Image
     except ImportError:
         bad(f"--data {folder}: pictures are read with pillow: pip install pillow")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"))
+    paths = sorted(p for p in folder.rglob("*")
+                   if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"))
     if not paths:
         bad(f"--data {folder}: no pictures (.png .jpg .jpeg .webp .bmp .gif) in it, nor train.npz")
     images, captions = [], []
     for p in paths:
         try:
-            with Image.open(p) as im:  # ADM's crop: halve while twice too large, then the shorter side to size, then the centre
+            with Image.open(p) as im:  # ADM's crop: halve while twice too large, the shorter side to size, the centre
                 im = im.convert("RGB")
                 while min(im.size) >= 2 * size:
                     im = im.resize([s // 2 for s in im.size], Image.Resampling.BOX)
@@ -919,7 +949,8 @@ def read_npz(path):
         bad(f"--data {path}: cannot be read as .npz ({str(e).splitlines()[0][:100]})")
     images = arrays.get("images", arrays.get("latents"))
     if images is None or images.ndim not in (3, 4) or images.dtype != np.uint8 and images.dtype.kind != "f":
-        bad(f"--data {path}: needs images, uint8 (N, h, w) or (N, h, w, c), or latents as floats (N, c, h, w); it has {', '.join(arrays) or 'nothing'}")
+        bad(f"--data {path}: needs images, uint8 (N, h, w) or (N, h, w, c), or latents as floats (N, c, h, w); "
+            f"it has {', '.join(arrays) or 'nothing'}")
     for k, v in arrays.items():
         if k in ("labels", "groups", "captions", "features", "mask") and len(v) != len(images):
             bad(f"--data {path}: {len(v)} {k} for {len(images)} images")
@@ -927,13 +958,15 @@ def read_npz(path):
 
 
 def load_images(cfg, given, tok):
-    """-> (training Images, validation Images, Tokenizer); sets cfg.size, cfg.channels and cfg.classes. tok: a checkpoint's, which must fit."""
+    """-> (training Images, validation Images, Tokenizer); sets cfg.size, cfg.channels and cfg.classes.
+    tok: a checkpoint's, which must fit."""
     check(cfg)
     folder, meta, path = Path(__file__).parent / "data", {}, Path(cfg.data)
     sets = [f.stem for f in folder.glob("*.py") if "NAME, PICTURES = " in f.read_text()]
     if cfg.data == "shapes" and not (folder / "shapes.py").is_file():  # this file alone
         print("!!! no data/ beside this file: drawing shapes; --data takes an .npz or a folder of pictures")
-        parts = {s: dict(zip(("images", "labels", "captions", "names"), draw_shapes(n, cfg.size or 32, k))) for k, (s, n) in enumerate(dict(train=10_000, val=500).items())}
+        parts = {s: dict(zip(("images", "labels", "captions", "names"), draw_shapes(n, cfg.size or 32, k)))
+                 for k, (s, n) in enumerate(dict(train=10_000, val=500).items())}
         meta = dict(names=parts["train"].pop("names"), flip=True)
     else:
         if cfg.data in sets:
@@ -941,7 +974,8 @@ def load_images(cfg, given, tok):
             size = ["--size", str(cfg.size)] if cfg.data == "shapes" and cfg.size not in (0, 32) else []
             path = path / str(cfg.size) if size else path
             if not (path / "meta.json").is_file():
-                r = subprocess.run([sys.executable, folder / f"{cfg.data}.py", *size], stderr=subprocess.PIPE, text=True)
+                r = subprocess.run([sys.executable, folder / f"{cfg.data}.py", *size],
+                                   stderr=subprocess.PIPE, text=True)
                 if r.returncode:
                     bad((r.stderr.strip().splitlines() or ["it failed"])[-1] + "; --data shapes needs no network")
         if (path / "train.npz").is_file():
@@ -954,12 +988,13 @@ def load_images(cfg, given, tok):
             cut = min(1000, max(1, N // 10))
             if N < 2:
                 bad(f"--data {cfg.data}: {N} pictures; it takes two, one of them for validation")
-            parts = dict(train={k: v[order[cut:]] for k, v in whole.items()}, val={k: v[order[:cut]] for k, v in whole.items()})
+            parts = dict(train={k: v[order[cut:]] for k, v in whole.items()},
+                         val={k: v[order[:cut]] for k, v in whole.items()})
         else:
             bad(f"--data {cfg.data}: no .npz, no folder of pictures, nor one of {', '.join(sorted(sets))}")
     train = parts["train"]["images"]
-    seen = train.shape[1:3] + train.shape[3:] if train.dtype == np.uint8 else train.shape[2:] + train.shape[1:2]  # h, w, c
-    cfg.size, cfg.channels = picture_size(cfg, seen)
+    seen = train.shape[1:3] + train.shape[3:] if train.dtype == np.uint8 else train.shape[2:] + train.shape[1:2]
+    cfg.size, cfg.channels = picture_size(cfg, seen)  # seen: h, w, c
 
     def conditions(part):
         """-> what the model gets of each picture, its mask, and the names of classes."""
@@ -970,13 +1005,15 @@ def load_images(cfg, given, tok):
             if labels is None:
                 bad(f"--cond class: --data {cfg.data} has no labels; --cond text or none")
             if labels.dtype.kind in "US":
-                names = tok.chars if tok else sorted(set(np.concatenate([p.get("labels", p.get("groups")) for p in parts.values()]).tolist()))
+                names = tok.chars if tok else sorted(set(np.concatenate(
+                    [p.get("labels", p.get("groups")) for p in parts.values()]).tolist()))
                 labels = Tokenizer("class", names).encode(labels.tolist(), 0)
             names = names or [str(i) for i in range(int(labels.max()) + 1)]
             return labels.astype(np.int64), None, names
         if cfg.features:
             if part.get("features") is None or part["features"].shape[1:] != (cfg.captions, cfg.features):
-                bad(f"--features {cfg.features}: --data {cfg.data} must have features (N, {cfg.captions}, {cfg.features}), and mask (N, {cfg.captions})")
+                bad(f"--features {cfg.features}: --data {cfg.data} must have "
+                    f"features (N, {cfg.captions}, {cfg.features}), and mask (N, {cfg.captions})")
             return part["features"], part.get("mask"), []
         captions = part.get("captions")
         if captions is None and labels is not None and labels.dtype.kind in "US":
@@ -1004,10 +1041,11 @@ def load_images(cfg, given, tok):
 def write_png(path, pixels):
     """pixels (h, w, 3) uint8."""
     h, w, _ = pixels.shape
-    rows = np.concatenate([np.zeros((h, 1), np.uint8), pixels.reshape(h, -1)], 1)  # each row begins with its filter, 0: none
+    rows = np.concatenate([np.zeros((h, 1), np.uint8), pixels.reshape(h, -1)], 1)  # before each row its filter, 0: none
     chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
     head = struct.pack(">2I5B", w, h, 8, 2, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows.tobytes())) + chunk(b"IEND", b"")
+    png = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows.tobytes()))
+           + chunk(b"IEND", b""))
     write_file(path, lambda tmp: Path(tmp).write_bytes(png))
 
 
@@ -1049,7 +1087,8 @@ def sample(cfg, model, tok):
     check(cfg)
     if cfg.features and cfg.cond == "text":
         if not cfg.sample.endswith(".npz"):
-            bad(f"--sample {cfg.sample}: this model's captions are another encoder's features; an .npz with features (n, {cfg.captions}, {cfg.features}), and mask")
+            bad(f"--sample {cfg.sample}: this model's captions are another encoder's features; "
+                f"an .npz with features (n, {cfg.captions}, {cfg.features}), and mask")
         try:
             z = np.load(cfg.sample, allow_pickle=False)
             asked, rows = (z["features"], z["mask"] if "mask" in z else None), z["features"]
@@ -1066,12 +1105,13 @@ def sample(cfg, model, tok):
     start, path = time.perf_counter(), f"{cfg.out}/sample.png"
     draw_grid(cfg, model, asked, path)
     n, seconds = len(rows) * cfg.number, time.perf_counter() - start
-    print(f"{path}: {n} pictures, {cfg.number} in a row [{cfg.sample_steps} steps, guidance {cfg.guidance:g}, {seconds:.1f} s]")
+    print(f"{path}: {n} pictures, {cfg.number} in a row "
+          f"[{cfg.sample_steps} steps, guidance {cfg.guidance:g}, {seconds:.1f} s]")
 
 
 load_data = load_images
-TOK = {}  # tokenizers of checkpoints that bring none, as in the language models: here they are made from the number of classes
-SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from, and flags that ask something of it
+TOK = {}  # tokenizers of checkpoints that bring none, as in the language models: here made from the number of classes
+SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from; flags that ask something of it
 ACTIONS = dict(sample=sample)
 
 

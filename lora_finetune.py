@@ -3,22 +3,23 @@ LoRA: fine-tune a language model through low-rank updates                       
       QLoRA: the base in 4 bits                                                   Dettmers et al. 2023, arXiv:2305.14314
       LLaMA-Adapter: learned prompts with a gate that starts at zero                Zhang et al. 2023, arXiv:2303.16199
 
-Special: the base, a Llama decoder (Touvron et al. 2023, arXiv:2302.13971), is frozen; a few million numbers are trained and saved.
+Special: the base Llama (Touvron et al. 2023, arXiv:2302.13971) is frozen; a few million numbers are trained and saved.
     x      += W_o softmax(rope(q) rope(k)^T / sqrt(D) + mask) v      q, k, v = W_q h, W_k h, W_v h, h = RMSNorm(x)
     x      += W_down (silu(W_gate h) * W_up h)                       h = RMSNorm(x)
-    lora    y = W h + (alpha / rank) B A h                           A (rank, in), B (out, rank) = 0 at the start
+    lora    y = W h + (alpha / rank) B A h                           A (rank, in), B (out, rank) = 0 at first
     qlora   the same, W = NF4 levels times a scale per 64 weights    4.127 bits a weight
-    adapter y = Attention(h) + gate softmax(q (W_k p)^T / sqrt(D)) W_v p      prompts p (K, C) a layer, gate = 0 at the start
+    adapter y = Attention(h) + gate softmax(q (W_k p)^T / sqrt(D)) W_v p   prompts p (K, C) a layer, gate = 0 at first
 
-Run:     python lora_finetune.py                                        no base needed: trains a tiny one, then adapts it
-         python lora_finetune.py --init HuggingFaceTB/SmolLM2-135M-Instruct --data alpaca        any Llama or Mistral folder, or name
+Run:     python lora_finetune.py                                       no base needed: trains a tiny one, then adapts it
+         python lora_finetune.py --init HuggingFaceTB/SmolLM2-135M-Instruct --data alpaca   any Llama or Mistral folder
          python lora_finetune.py --init meta-llama/Llama-2-7b-hf --method qlora --data my.jsonl --ckpt
-         python lora_finetune.py --sample "Name three colours."         from out/lora_finetune: base and adapter
-         python lora_finetune.py --merge out/merged                     one plain Hugging Face folder, without adapter
-Data:    rows of {"instruction", "input", "output"}, {"messages": [{"role", "content"}]}, {"conversations": [{"from", "value"}]} or
-         {"text"}, as JSON list or JSON lines; alpaca and sharegpt of data/; or a .txt. Only answers are in the loss.
+         python lora_finetune.py --sample "Name three colours."        from out/lora_finetune: base and adapter
+         python lora_finetune.py --merge out/merged                    one plain Hugging Face folder, without adapter
+Data:    rows of {"text"}, {"instruction", "input", "output"}, {"messages": [{"role", "content"}]} or
+         {"conversations": [{"from", "value"}]}, as JSON list or JSON lines; alpaca and sharegpt of data/; or a .txt.
+         Only answers are in the loss.
 Expect:  figures are in bench/RESULTS.md, each with its command.
-Alone:   this file needs PyTorch, numpy and safetensors (tokenizers for a real base); with kernels/ beside it, it is faster.
+Alone:   this file needs PyTorch, numpy and safetensors (tokenizers for a real base); faster with kernels/ beside it.
 """
 
 import argparse
@@ -70,7 +71,7 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and Tq == Tk, enable_gqa=True)
 
     def linear_cross_entropy(x, w, targets, ignore_index=-1):
-        """mean of -log softmax(x w^T)[target]; 2048 rows at a time, and again in backward, so that the logits are never whole."""
+        """mean of -log softmax(x w^T)[target], 2048 rows at a time, again in backward: the logits are never whole."""
         x, targets = x.flatten(0, -2), targets.flatten()
         total = x.new_zeros((), dtype=torch.float32)
         for xs, ts in zip(x.split(2048), targets.split(2048)):
@@ -94,9 +95,9 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
         return F.silu(gate) * up
 
     NF4 = torch.tensor([  # the quantiles of a normal distribution that QLoRA's appendix E defines
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ])  # fmt: skip
 
     def quantize_nf4(w, double=True):
@@ -139,9 +140,9 @@ class Config:
     targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # the layers that get A and B
     dropout: float = 0.0  # of what A sees
     prompts: int = 10  # --method adapter: prompts K a layer
-    prompt: str = ""  # how a question is put: chat (the tokenizer's own template) | alpaca | plain; default: the first that fits
+    prompt: str = ""  # how a question is put: chat (tokenizer's template) | alpaca | plain; default: first that fits
     seq: int = 256  # tokens of a training row; short examples share one, longer ones are cut
-    data: str = "docstrings"  # docstrings (of Python's own library) | alpaca | sharegpt | .json, .jsonl or .txt file | shards
+    data: str = "docstrings"  # docstrings (of Python's library) | alpaca | sharegpt | .json, .jsonl, .txt file | shards
     tok: str = ""  # char | byte | gpt2 | a tokenizer.json, or its hub name; default: the base's
     batch: int = 16  # rows per micro-step, over all processes together
     accum: int = 1  # micro-steps whose gradients are summed into one step
@@ -182,14 +183,15 @@ PRESETS = {
     "cpu": dict(init="tiny", batch=8, steps=150, lr=2e-3),  # a tiny base is trained first, for about a minute
     "gpu": dict(init="tiny", batch=4, accum=4, seq=1024, steps=1000, optim="adamw8bit"),
     # real bases; what a step of each needs: python bench/memory.py lora_finetune.py --preset 7B
-    "135M": dict(init="HuggingFaceTB/SmolLM2-135M-Instruct", layers=30, heads=9, kv_heads=3, dim=576, ffn=1536, vocab=49152, positions=8192, theta=1e5, **REAL),
-    "3B": dict(init="meta-llama/Llama-3.2-3B", layers=28, heads=24, kv_heads=8, dim=3072, ffn=8192, vocab=128256, positions=131072, theta=5e5,
-               rope="32,1,4,8192", **REAL),
-    "7B": dict(init="meta-llama/Llama-2-7b-hf", layers=32, heads=32, kv_heads=32, dim=4096, ffn=11008, vocab=32000, positions=4096, tied=False,
-               method="qlora", **REAL),
+    "135M": dict(init="HuggingFaceTB/SmolLM2-135M-Instruct", layers=30, heads=9, kv_heads=3, dim=576, ffn=1536,
+                 vocab=49152, positions=8192, theta=1e5, **REAL),
+    "3B": dict(init="meta-llama/Llama-3.2-3B", layers=28, heads=24, kv_heads=8, dim=3072, ffn=8192, vocab=128256,
+               positions=131072, theta=5e5, rope="32,1,4,8192", **REAL),
+    "7B": dict(init="meta-llama/Llama-2-7b-hf", layers=32, heads=32, kv_heads=32, dim=4096, ffn=11008, vocab=32000,
+               positions=4096, tied=False, method="qlora", **REAL),
     # the tiny base: the whole model from random numbers, on the source of Python's own library
-    "base": dict(method="full", layers=4, heads=4, kv_heads=2, dim=128, ffn=344, data="stdlib", tok="byte", seq=256, batch=8,
-                 steps=400, lr=1e-2, wd=0.1, beta2=0.95, optim="muon", eval_every=400, tokens=100, temp=0.8),
+    "base": dict(method="full", layers=4, heads=4, kv_heads=2, dim=128, ffn=344, data="stdlib", tok="byte", seq=256,
+                 batch=8, steps=400, lr=1e-2, wd=0.1, beta2=0.95, optim="muon", eval_every=400, tokens=100, temp=0.8),
 }  # fmt: skip
 
 
@@ -240,12 +242,12 @@ class Linear(nn.Module):
 
 
 def frequencies(cfg):
-    """-> theta^(-2j / D) (D / 2), fp32; Llama 3.1: wavelengths beyond the original length / low are stretched by factor."""
+    """-> theta^(-2j / D) (D / 2), fp32; Llama 3.1: wavelengths beyond original length / low are stretched by factor."""
     D = cfg.head_dim or cfg.dim // cfg.heads
     f = cfg.theta ** (-torch.arange(0, D, 2, dtype=torch.float32, device="cpu") / D)
     if cfg.rope:
         factor, low, high, length = map(float, cfg.rope.split(","))
-        s = ((length * f / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # 0: stretched, 1: as it is, between them: blended
+        s = ((length * f / (2 * math.pi) - low) / (high - low)).clamp(0, 1)  # 0: stretched, 1: as it is, else blended
         f = (1 - s) * f / factor + s * f
     return f
 
@@ -280,11 +282,12 @@ class Attention(nn.Module):
         if mask is None:
             y = attention(q, k, v, causal=True)
         else:
-            k, v = (u.repeat_interleave(q.shape[1] // u.shape[1], 1) for u in (k, v))  # the forms with a mask know no groups
+            k, v = (u.repeat_interleave(q.shape[1] // u.shape[1], 1) for u in (k, v))  # masked forms know no groups
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         if self.adaption_prompt is not None:
             p = self.adaption_prompt.to(x.dtype)  # (1, K, C): no positions, every token sees all of them
-            k, v = (f(p).view(1, p.shape[1], -1, self.D).transpose(1, 2).expand(B, -1, -1, -1) for f in (self.k_proj, self.v_proj))
+            k, v = (f(p).view(1, p.shape[1], -1, self.D).transpose(1, 2).expand(B, -1, -1, -1)
+                    for f in (self.k_proj, self.v_proj))
             y = y + self.adaption_gate.to(y.dtype) * F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -335,15 +338,16 @@ class Model(nn.Module):
             self.lm_head = Linear(cfg.dim, cfg.vocab)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.layers) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02)
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.layers)
+                                       if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02)
         self.adapt(cfg)
 
     def head(self):
         return (self.model.embed_tokens if self.cfg.tied else self.lm_head).weight
 
     def blocks(self, tokens, segments=None, caches=None, t=0):
-        """tokens (B, T) at positions t..t+T-1 -> the normed stream (B, T, C). segments (B, T): the example that each belongs to,
-        when several share a row; positions then begin again with each, and attention stays inside."""
+        """tokens (B, T) at positions t..t+T-1 -> the normed stream (B, T, C). segments (B, T): the example that each
+        belongs to, when several share a row; positions then begin again with each, and attention stays inside."""
         B, T = tokens.shape
         at, mask = torch.arange(t, t + T, device=tokens.device), None
         if segments is not None:
@@ -371,14 +375,16 @@ class Model(nn.Module):
             own = (targets != -1).sum()
             dist.all_reduce(total := own.clone())
             share = own * self.world / total.clamp(min=1)
-        if not x.is_cuda and targets.min().item() < 0:  # questions are not in the loss: no logits for them (a GPU would have to wait for their number)
+        # questions are not in the loss: no logits for them (a GPU would have to wait for their number)
+        if not x.is_cuda and targets.min().item() < 0:
             x, targets = x[targets != -1], targets[targets != -1]
         return linear_cross_entropy(x, self.head(), targets) * share
 
     def init_state(self, batch):
         """A cache (L, 2, B, Hkv, room, D) that grows by doubling, and the number of tokens in it."""
         c, p = self.cfg, self.model.embed_tokens.weight
-        return {"kv": torch.zeros(c.layers, 2, batch, c.kv_heads, 64, c.head_dim or c.dim // c.heads, dtype=p.dtype, device=p.device), "t": 0}
+        return {"kv": torch.zeros(c.layers, 2, batch, c.kv_heads, 64, c.head_dim or c.dim // c.heads,
+                                  dtype=p.dtype, device=p.device), "t": 0}
 
     def step(self, tokens, state):
         """The next tokens (B, T') -> logits (B, V) after the last of them, and the state."""
@@ -399,12 +405,14 @@ class Model(nn.Module):
         if cfg.rank < 1 or cfg.prompts < 1:
             bad(f"--rank {cfg.rank}, --prompts {cfg.prompts}: must be positive")
         if cfg.method == "adapter":
-            self.adapter = dict(peft_type="ADAPTION_PROMPT", adapter_len=cfg.prompts, adapter_layers=layers or cfg.layers)
+            self.adapter = dict(peft_type="ADAPTION_PROMPT", adapter_len=cfg.prompts,
+                                adapter_layers=layers or cfg.layers)
             for block in self.model.layers[-self.adapter["adapter_layers"] :]:
                 block.self_attn.add_adapter(cfg.prompts, cfg.dim)
             return
         names = cfg.targets.split(",")
-        how = dict(r=cfg.rank, lora_alpha=cfg.alpha, use_rslora=cfg.rslora, lora_dropout=cfg.dropout, target_modules=names)
+        how = dict(r=cfg.rank, lora_alpha=cfg.alpha, use_rslora=cfg.rslora, lora_dropout=cfg.dropout,
+                   target_modules=names)
         self.adapter = dict(peft_type="LORA", bias="none", fan_in_fan_out=False) | how
         found = {n: m for n, m in self.model.named_modules() if isinstance(m, Linear)}
         for name in names:
@@ -437,25 +445,29 @@ class Model(nn.Module):
         ]
 
     def hf_config(self):
-        """config.json as transformers' LlamaForCausalLM reads it; of a base that was loaded, its own with the dtype of now."""
+        """config.json as transformers' LlamaForCausalLM reads it; of a loaded base, its own with the dtype of now."""
         if self.config:
-            return {k: v for k, v in self.config.items() if k != "dtype"} | dict(torch_dtype=str(self.head().dtype).removeprefix("torch."))
+            return ({k: v for k, v in self.config.items() if k != "dtype"}
+                    | dict(torch_dtype=str(self.head().dtype).removeprefix("torch.")))
         c, rope = self.cfg, dict(rope_theta=self.cfg.theta, rope_type="default")
         if c.rope:
             factor, low, high, length = map(float, c.rope.split(","))
-            rope |= dict(rope_type="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=int(length))
+            rope |= dict(rope_type="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high,
+                         original_max_position_embeddings=int(length))
         return dict(
-            model_type="llama", architectures=["LlamaForCausalLM"], num_hidden_layers=c.layers, num_attention_heads=c.heads,
-            num_key_value_heads=c.kv_heads, head_dim=c.head_dim or c.dim // c.heads, hidden_size=c.dim, intermediate_size=c.ffn, vocab_size=c.vocab,
-            max_position_embeddings=c.positions, rms_norm_eps=c.eps, rope_theta=c.theta, rope_parameters=rope, tie_word_embeddings=c.tied,
-            rope_scaling=rope if c.rope else None, hidden_act="silu", attention_bias=False, mlp_bias=False, bos_token_id=None, eos_token_id=None,
+            model_type="llama", architectures=["LlamaForCausalLM"], num_hidden_layers=c.layers,
+            num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim or c.dim // c.heads,
+            hidden_size=c.dim, intermediate_size=c.ffn, vocab_size=c.vocab, max_position_embeddings=c.positions,
+            rms_norm_eps=c.eps, rope_theta=c.theta, rope_parameters=rope, tie_word_embeddings=c.tied,
+            rope_scaling=rope if c.rope else None, hidden_act="silu", attention_bias=False, mlp_bias=False,
+            bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
 
     @classmethod
     def from_pretrained(cls, source, method="full", **overrides):
         """source: a Hugging Face folder or hub name of a Llama or Mistral, or of an adapter, which names its base.
-        method and the Config fields of adapters (rank, alpha, targets, ...): what to add; "full": nothing. Tensors are read one by
-        one, and quantised one by one for "qlora"; on a GPU, or with dtype="bf16", a frozen base is held in bf16."""
+        method and the Config fields of adapters (rank, alpha, targets, ...): what to add; "full": nothing. Tensors are
+        read one by one, for "qlora" quantised one by one; on a GPU, or with dtype="bf16", a frozen base is in bf16."""
         path = find_checkpoint(source)
         adapter = read_json(path / "adapter_config.json") if (path / "adapter_config.json").is_file() else None
         base = adapter.get("base_model_name_or_path") if adapter else source
@@ -473,7 +485,7 @@ class Model(nn.Module):
 
     @classmethod
     def read_base(cls, path, overrides, frozen):
-        """The model of a folder, tensor by tensor, without what --method adds. --merge: as the files hold it, mapped, not read."""
+        """A folder's model, tensor by tensor, without what --method adds. --merge: as on disk, mapped, not read."""
         config = read_json(path / "config.json")
         cfg = dataclasses.replace(llama_config(config, path), **overrides)
         on_gpu = cfg.device == "cuda" or not cfg.device and torch.cuda.is_available()
@@ -500,7 +512,8 @@ class Model(nn.Module):
         return model.requires_grad_(not frozen)
 
     def save_pretrained(self, folder, tensors=None, **how):
-        """An adapter in PEFT's form (adapter_model.safetensors, adapter_config.json), or the whole model as LlamaForCausalLM reads it."""
+        """An adapter in PEFT's form (adapter_model.safetensors, adapter_config.json),
+        or the whole model as LlamaForCausalLM reads it."""
         tensors = self.state_dict() if tensors is None else tensors
         if not hasattr(self, "adapter"):
             return write_weights(folder, tensors, self.hf_config(), **how)
@@ -510,39 +523,48 @@ class Model(nn.Module):
         write_weights(folder, tensors, config, name="adapter_model", **how)
 
     def save_adapter(self, folder):
-        """adapter_model.safetensors and adapter_config.json: peft.PeftModel.from_pretrained(base, folder) loads them."""
+        """adapter_model.safetensors, adapter_config.json: peft.PeftModel.from_pretrained(base, folder) loads them."""
         self.save_pretrained(folder)
 
     def load_adapter(self, folder):
-        """An adapter of ours or of PEFT's (LoRA or adaption prompt) onto this base; what it says and holds must fit, by name and shape."""
+        """An adapter of ours or of PEFT's (LoRA or adaption prompt) onto this base;
+        what it says and holds must fit, by name and shape."""
         path = Path(folder)
         config = read_json(path / "adapter_config.json")
-        unknown = {k: config[k] for k in ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias") if config.get(k)}
-        if unknown or config.get("bias", "none") != "none" or config.get("peft_type") not in ("LORA", "ADAPTION_PROMPT"):
-            bad(f"{path}: adapter_config.json asks for {unknown or config.get('peft_type')}, bias {config.get('bias')}, which this file does not have")
+        unknown = {k: config[k] for k in ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias")
+                   if config.get(k)}
+        if (unknown or config.get("bias", "none") != "none"
+                or config.get("peft_type") not in ("LORA", "ADAPTION_PROMPT")):
+            bad(f"{path}: adapter_config.json asks for {unknown or config.get('peft_type')}, "
+                f"bias {config.get('bias')}, which this file does not have")
         try:
             files = [f for f in (path / "adapter_model.safetensors", path / "adapter_model.bin") if f.is_file()]
-            found = load_file(files[0]) if files[0].suffix == ".safetensors" else torch.load(files[0], map_location="cpu", weights_only=True)
+            found = (load_file(files[0]) if files[0].suffix == ".safetensors"
+                     else torch.load(files[0], map_location="cpu", weights_only=True))
         except Exception as e:
             bad(f"{path}: no adapter_model.safetensors, or it is damaged ({type(e).__name__})")
         found = {k.removeprefix("base_model.model."): v for k, v in found.items()}
         if config["peft_type"] == "ADAPTION_PROMPT":
-            self.adapt(dataclasses.replace(self.cfg, method="adapter", prompts=config["adapter_len"]), config["adapter_layers"])
+            self.adapt(dataclasses.replace(self.cfg, method="adapter", prompts=config["adapter_len"]),
+                       config["adapter_layers"])
         else:
             self.requires_grad_(False)
             modules = {n: m for n, m in self.named_modules() if isinstance(m, Linear)}
-            for k, A in found.items():  # which modules have an update, and of which rank: the file knows, whatever patterns made it
+            for k, A in found.items():  # which modules, and of which rank: the file knows, whatever patterns made it
                 name = k.removesuffix(".lora_A.weight")
                 if name in modules and name != k:
-                    alpha = next((v for p, v in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({p})$", name)), config["lora_alpha"])
-                    modules[name].add_lora(len(A), alpha / (len(A) ** 0.5 if config.get("use_rslora") else len(A)), config.get("lora_dropout", 0.0))
+                    alpha = next((v for p, v in (config.get("alpha_pattern") or {}).items()
+                                  if re.match(rf"(.*\.)?({p})$", name)), config["lora_alpha"])
+                    modules[name].add_lora(len(A), alpha / (len(A) ** 0.5 if config.get("use_rslora") else len(A)),
+                                           config.get("lora_dropout", 0.0))
         self.adapter = config
         own = {n: p for n, p in self.named_parameters() if p.requires_grad}
         for k in sorted(own.keys() | found.keys()):
             if k not in found or k not in own:
                 bad(f"{path}: {'no tensor' if k in own else 'unknown tensor'} {k}; is it an adapter of another base?")
             if found[k].shape != own[k].shape:
-                bad(f"{path}: {k} is {tuple(found[k].shape)}, but the base asks for {tuple(own[k].shape)}: an adapter of another base")
+                bad(f"{path}: {k} is {tuple(found[k].shape)}, but the base asks for {tuple(own[k].shape)}: "
+                    "an adapter of another base")
             own[k].data = found[k].float()
 
 
@@ -554,7 +576,8 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
-        bad(f"{path}: not found; a base is a folder with config.json and model.safetensors, an adapter one with adapter_config.json")
+        bad(f"{path}: not found; a base is a folder with config.json and model.safetensors, "
+            "an adapter one with adapter_config.json")
     except ValueError as e:
         bad(f"{path}: damaged ({e})")
 
@@ -573,10 +596,12 @@ def llama_config(c, path):
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     try:
         return Config(
-            layers=c["num_hidden_layers"], heads=c["num_attention_heads"], kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-            head_dim=c.get("head_dim") or 0, dim=c["hidden_size"], ffn=c["intermediate_size"], vocab=c["vocab_size"],
-            positions=min(c.get("max_position_embeddings", 2048), c.get("sliding_window") or 2**31), eps=c["rms_norm_eps"],
-            theta=float(c.get("rope_theta") or rope.get("rope_theta", 10000.0)), tied=bool(c.get("tie_word_embeddings", False)),
+            layers=c["num_hidden_layers"], heads=c["num_attention_heads"],
+            kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"], head_dim=c.get("head_dim") or 0,
+            dim=c["hidden_size"], ffn=c["intermediate_size"], vocab=c["vocab_size"],
+            positions=min(c.get("max_position_embeddings", 2048), c.get("sliding_window") or 2**31),
+            eps=c["rms_norm_eps"], theta=float(c.get("rope_theta") or rope.get("rope_theta", 10000.0)),
+            tied=bool(c.get("tie_word_embeddings", False)),
             rope=",".join(f"{rope[k]:g}" for k in keys) if kind == "llama3" else "",
         )  # fmt: skip
     except KeyError as e:
@@ -847,7 +872,7 @@ ROLES = dict(human="user", user="user", gpt="assistant", assistant="assistant", 
 
 
 def docstrings():
-    """Instructions that every machine has: functions of Python's own library, and the first line of what they say of themselves."""
+    """Instructions that every machine has: functions of Python's library, and the first line of their docstrings."""
     seen = set()
     for f in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         with contextlib.suppress(SyntaxError), warnings.catch_warnings():
@@ -880,20 +905,22 @@ def read_rows(path):
 
 
 def conversation(row, where):
-    """A row in any of its forms -> [{"role", "content"}, ...] that ends with an answer; {"text"} is an answer without a question."""
+    """A row in any form -> [{"role", "content"}, ...] that ends with an answer; {"text"} is one without a question."""
     if not isinstance(row, dict):
         bad(f"{where}: a {type(row).__name__}, where an object was expected")
     try:
         if "text" in row:
             turns = [dict(role="assistant", content=row["text"])]
         elif "output" in row:
-            turns = [dict(role="user", content=row["instruction"], input=row.get("input", "")), dict(role="assistant", content=row["output"])]
+            turns = [dict(role="user", content=row["instruction"], input=row.get("input", "")),
+                     dict(role="assistant", content=row["output"])]
         elif "messages" in row:
             turns = [dict(role=ROLES[t["role"]], content=t["content"]) for t in row["messages"]]
         elif "conversations" in row:
             turns = [dict(role=ROLES[t["from"]], content=t["value"]) for t in row["conversations"]]
         else:
-            bad(f"{where}: a row has instruction and output, or messages, or conversations, or text; this one has {', '.join(row) or 'nothing'}")
+            bad(f"{where}: a row has instruction and output, or messages, or conversations, or text; "
+                f"this one has {', '.join(row) or 'nothing'}")
     except (KeyError, TypeError) as e:
         bad(f"{where}: {e} is missing, or unknown as a role")
     if not all(isinstance(v, str) for t in turns for v in t.values()):
@@ -907,7 +934,7 @@ def conversation(row, where):
 
 
 class Prompts:
-    """How a conversation becomes tokens: `how` is chat (the tokenizer's own Jinja template), alpaca (Taori et al. 2023) or plain."""
+    """How a conversation becomes tokens: chat (the tokenizer's Jinja template), alpaca (Taori et al. 2023) or plain."""
 
     def __init__(self, tok, how, stop=()):
         self.tok, self.begin, self.chat, folder = tok, [], None, Path(tok.kind).parent
@@ -931,7 +958,8 @@ class Prompts:
             bad(f"--prompt chat: the tokenizer {tok.kind} has no chat template; --prompt alpaca needs none")
         self.special = {k: config.get(k) or "" for k in ("bos_token", "eos_token", "unk_token", "pad_token")}
         if not stop:
-            bad(f"--tok {tok.kind}: no token ends an answer (eos_token_id in the base's config.json); --tok byte has byte 0")
+            bad(f"--tok {tok.kind}: no token ends an answer (eos_token_id in the base's config.json); "
+                "--tok byte has byte 0")
         self.stop, self.end = stop, min(stop)
 
     @functools.cached_property
@@ -941,7 +969,8 @@ class Prompts:
         def refuse(message):
             raise TemplateError(message)
 
-        world = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        world = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                      extensions=["jinja2.ext.loopcontrols"])
         world.globals |= dict(raise_exception=refuse, strftime_now=time.strftime)
         world.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
         return world.from_string(self.chat)
@@ -949,7 +978,8 @@ class Prompts:
     def render(self, turns, ask):
         said = [dict(role=t["role"], content="\n".join(filter(None, (t["content"], t.get("input"))))) for t in turns]
         try:
-            return self.template.render(messages=said, add_generation_prompt=ask, tools=None, documents=None, **self.special)
+            return self.template.render(messages=said, add_generation_prompt=ask, tools=None, documents=None,
+                                        **self.special)
         except Exception as e:  # a template is a program
             bad(f"--prompt chat: the tokenizer's template refuses a conversation ({e}); --prompt alpaca takes any")
 
@@ -963,7 +993,8 @@ class Prompts:
                     ask = self.render(turns[:i], True)
                     whole = self.render(turns[: i + 1], False) if answered else ask
                     if not ask.startswith(done) or not whole.startswith(ask):
-                        bad("--prompt chat: the tokenizer's template rewrites what was said before; --prompt alpaca does not")
+                        bad("--prompt chat: the tokenizer's template rewrites what was said before; "
+                            "--prompt alpaca does not")
                     yield ask.removeprefix(done), False, False
                     yield whole.removeprefix(ask), True, False  # the template has its own end
                     done = whole
@@ -975,13 +1006,15 @@ class Prompts:
             elif self.how == "plain" or t["role"] == "system":
                 yield "\n".join(filter(None, (t["content"], given))) + "\n", False, False
             else:
-                task = "Below is an instruction that describes a task" + (", paired with an input that provides further context" if given else "")
-                task = f"{task}. Write a response that appropriately completes the request.\n\n" if i == 0 else "\n\n" * (i > 0)
+                task = ("Below is an instruction that describes a task"
+                        + (", paired with an input that provides further context" if given else ""))
+                task = (f"{task}. Write a response that appropriately completes the request.\n\n" if i == 0
+                        else "\n\n" * (i > 0))
                 given = f"### Input:\n{given}\n\n" if given else ""
                 yield f"{task}### Instruction:\n{t['content']}\n\n{given}### Response:", False, False
 
     def encode(self, turns):
-        """-> ids, and which of them are answers: pieces are encoded one by one, as they are when a question is really asked."""
+        """-> ids, and which are answers: pieces are encoded one by one, as they are when a question is really asked."""
         begin = [] if self.how == "chat" and turns[0]["role"] != "assistant" else self.begin  # a template has its own
         ids, answer = list(begin), [False] * len(begin)
         for text, is_answer, ends in self.pieces(turns):
@@ -991,7 +1024,7 @@ class Prompts:
 
 
 class Examples:
-    """Encoded conversations in rows of seq tokens: whole ones share a row as they fit, each with a segment number of its own."""
+    """Encoded conversations in rows of seq tokens: whole ones share a row as they fit, each with its segment number."""
 
     def __init__(self, encoded, cfg, name):
         self.first = encoded[0]
@@ -1009,7 +1042,8 @@ class Examples:
         if not rows:
             bad(f"--seq {cfg.seq}: no answer of the {name} split of --data {cfg.data} begins within it")
         if dropped:
-            print(f"{dropped:,} of {len(encoded):,} examples for {name} are left out: the question alone fills --seq {cfg.seq}")
+            print(f"{dropped:,} of {len(encoded):,} examples for {name} are left out: "
+                  f"the question alone fills --seq {cfg.seq}")
         self.x, self.y = np.zeros((len(rows), 2, cfg.seq), np.int32), np.full((len(rows), cfg.seq), -1, np.int32)
         self.x[:, 1] = -1
         for row, x, y in zip(rows, self.x, self.y):
@@ -1021,8 +1055,8 @@ class Examples:
         self.tokens = int((self.y >= 0).sum())
 
     def windows(self, numbers):
-        """Row numbers (n) -> tokens with their segments (n, 2, T), targets (n, T) with -1 where no answer is, int64. Where no row
-        holds two examples, tokens alone (n, T): what fills a row up comes after all that is in the loss."""
+        """Row numbers (n) -> tokens with their segments (n, 2, T), targets (n, T) with -1 where no answer is, int64.
+        Where no row holds two examples, tokens alone (n, T): what fills a row comes after all that is in the loss."""
         x, y = self.x[numbers].astype(np.int64), self.y[numbers].astype(np.int64)
         return torch.from_numpy(x if x[:, 1].max() > 0 else x[:, 0].copy()), torch.from_numpy(y)
 
@@ -1042,7 +1076,7 @@ class Examples:
 
 
 def load_data(cfg, given, tok):
-    """Instruction data -> (training Examples, validation Examples, Tokenizer); anything else as the other files read it."""
+    """Instruction data -> (training Examples, validation Examples, Tokenizer); anything else as other files read it."""
     if not (cfg.data in ("docstrings", "alpaca", "sharegpt") or cfg.data.endswith((".json", ".jsonl"))):
         return load_text(cfg, given, tok)
     if tok is None and not cfg.tok:
@@ -1056,7 +1090,7 @@ def load_data(cfg, given, tok):
     else:
         folder = prepared(dataclasses.replace(cfg, tok="byte"), given, tok)
         parts = [read_rows(folder / f"{split}.jsonl") for split in ("train", "val")]
-        parts = [[r for r in part if r[1].get("output", True)] for part in parts]  # Stanford's file has a few without an answer
+        parts = [[r for r in part if r[1].get("output", True)] for part in parts]  # some of Stanford's have no answer
         rows = sum(parts, [])
     prompts = Prompts(tok, cfg.prompt)
     encoded = [prompts.encode(conversation(row, f"--data {cfg.data}: {where}")) for where, row in rows]
@@ -1551,7 +1585,8 @@ def base_or_adapter(source, **overrides):
             bad("--init tiny: under torchrun name a base, a folder or a hub name")
         made = load_run(source)
         if made is None or made["step"] < made["config"]["steps"]:
-            print(f"!!! no --init: training a tiny base first, into {source}; --init HuggingFaceTB/SmolLM2-135M-Instruct would name a real one")
+            print(f"!!! no --init: training a tiny base first, into {source}; "
+                  "--init HuggingFaceTB/SmolLM2-135M-Instruct would name a real one")
             how = ["--preset", "base"] if made is None else ["--resume"]
             main([*how, "--out", source, *(["--device", overrides["device"]] if overrides.get("device") else [])])
             if load_run(source)["step"] < PRESETS["base"]["steps"]:  # somebody stopped it
@@ -1564,9 +1599,11 @@ def base_or_adapter(source, **overrides):
     if overrides.get("merge"):
         model.to = lambda device: model  # the base may be larger than a GPU: merging stays on the CPU
     elif hasattr(model, "adapter") and not overrides.get("sample"):
-        weights = [(p.numel(), p.requires_grad) for p in model.parameters()] + [(math.prod(m.nf4["shape"]), False) for m in model.modules() if getattr(m, "nf4", None)]
+        weights = ([(p.numel(), p.requires_grad) for p in model.parameters()]
+                   + [(math.prod(m.nf4["shape"]), False) for m in model.modules() if getattr(m, "nf4", None)])
         rank = f", rank {model.adapter['r']}" if "r" in model.adapter else ""
-        print(f"{model.base}: {sum(n for n, own in weights if not own):,} parameters, frozen; {sum(n for n, own in weights if own):,} are trained ({method}{rank})")
+        print(f"{model.base}: {sum(n for n, own in weights if not own):,} parameters, frozen; "
+              f"{sum(n for n, own in weights if own):,} are trained ({method}{rank})")
     return model
 
 
@@ -1581,17 +1618,18 @@ def answer(cfg, model, tok):
 
 @torch.no_grad()
 def merge(cfg, model, tok):
-    """--merge: W + s B A for every adapted W, one at a time, written in the dtype of the base's files; the rest is copied."""
+    """--merge: W + s B A for every adapted W, one at a time, written in the base files' dtype; the rest is copied."""
     if getattr(model, "adapter", {}).get("peft_type") == "ADAPTION_PROMPT":
         bad("--merge: prompts of LLaMA-Adapter are no part of any weight; only lora and qlora can be merged")
     modules, weights = dict(model.named_modules()), {n: p for n, p in model.named_parameters() if ".lora_" not in n}
-    names, header, end = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}, {"__metadata__": {"format": "pt"}}, 0
+    names, header, end = ({torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
+                          {"__metadata__": {"format": "pt"}}, 0)
     for n, p in weights.items():
         header[n] = dict(dtype=names[p.dtype], shape=list(p.shape), data_offsets=[end, end := end + p.nbytes])
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
 
-    def write(tmp):  # safetensors' format: the header's length, the header, the tensors; save_file would need them all at once
+    def write(tmp):  # safetensors' format: the header's length, the header, tensors; save_file would need all at once
         with open(tmp, "wb") as f:
             f.write(len(head).to_bytes(8, "little") + head)
             for n, p in weights.items():
@@ -1607,11 +1645,14 @@ def merge(cfg, model, tok):
         bad(f"--merge {cfg.merge}: {e.strerror}")
     config = model.hf_config() | dict(torch_dtype=str(p.dtype).removeprefix("torch."))
     write_file(f"{cfg.merge}/config.json", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
-    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja", "tok.json")
-    for f in [folder / f for folder in (find_checkpoint(model.base), Path(tok.kind if tok else "").parent) for f in files]:
+    files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+             "chat_template.jinja", "tok.json")
+    for f in [folder / f for folder in (find_checkpoint(model.base), Path(tok.kind if tok else "").parent)
+              for f in files]:
         if f.is_file() and not (f.name == "tok.json" and Path(cfg.merge, "tokenizer.json").is_file()):
             shutil.copy(f, cfg.merge)
-    print(f"{sum(p.numel() for p in weights.values()):,} parameters in {cfg.merge}; transformers and --init {cfg.merge} load them")
+    print(f"{sum(p.numel() for p in weights.values()):,} parameters in {cfg.merge}; "
+          f"transformers and --init {cfg.merge} load them")
 
 
 SOURCES["init"] = base_or_adapter

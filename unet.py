@@ -1,24 +1,24 @@
 """
-U-Net of Stable Diffusion 1.x                 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models",
-                                              arXiv:2112.10752v2 (U-Net: Ronneberger et al. 2015, arXiv:1505.04597v1)
+U-Net of Stable Diffusion 1.x       Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models",
+                                    arXiv:2112.10752v2 (U-Net: Ronneberger et al. 2015, arXiv:1505.04597v1)
 
-Special: convolutions. A picture is halved level by level and then doubled again, and on the way up each level sees, beside what
-comes from below, what the same level left on the way down. In between, all places attend to each other and to the caption.
-    residual block   x + conv(silu(GN(conv(silu(GN(x))) + W silu(e)))),      e = MLP(sinusoids of the time t)
-    transformer      y += Attention(LN(y));  y += Attention(LN(y), caption);  y += GEGLU(LN(y))          y: the places, as tokens
+Special: convolutions. A picture is halved level by level and doubled again; on the way up each level sees, beside what
+comes from below, what that level left on the way down. In between, all places attend to each other and the caption.
+    residual block   x + conv(silu(GN(conv(silu(GN(x))) + W silu(e)))),   e = MLP(sinusoids of the time t)
+    transformer      y += Attention(LN(y));  y += Attention(LN(y), caption);  y += GEGLU(LN(y))   y: places, as tokens
     way up           each residual block takes [x, what the way down left there]
     caption          CLIP's text encoder: a causal Transformer over the tokens of the caption
     latents          with --vae: z = scale (mean + std noise), which a VAE makes of a picture, takes the picture's place
 
-Run:     python unet.py                                           trains on drawn shapes with captions, ends with a grid of pictures
+Run:     python unet.py                               trains on drawn shapes with captions, ends with a grid of pictures
          python unet.py --sample "a small red circle" --guidance 3    from out/unet
-         python unet.py --stage vae --data my.npz --out out/vae   first the VAE: pictures into latents and back,
-         python unet.py --vae out/vae --data my.npz               then the diffusion, in its latents
-         python unet.py --init stable-diffusion-v1-5/stable-diffusion-v1-5 --sample "a lighthouse" --guidance 7.5 --sampler ddim
-                                                                  (any folder or hub name with unet/, vae/, text_encoder/, tokenizer/)
-         torchrun --nproc_per_node=2 unet.py                      the same run on two GPUs
+         python unet.py --stage vae --data my.npz --out out/vae       first the VAE: pictures into latents and back,
+         python unet.py --vae out/vae --data my.npz                   then the diffusion, in its latents
+         python unet.py --init stable-diffusion-v1-5/stable-diffusion-v1-5 --sample castle --guidance 7.5 --sampler ddim
+                                                      any folder or hub name with unet/, vae/, text_encoder/, tokenizer/
+         torchrun --nproc_per_node=2 unet.py          the same run on two GPUs
 Expect:  what the pictures show, losses and minutes are in bench/RESULTS.md, each with its command.
-Alone:   this file needs PyTorch, numpy and safetensors (pillow for a folder of pictures); with kernels/ beside it, it is faster.
+Alone:   this file needs PyTorch, numpy and safetensors (pillow for picture folders); faster with kernels/ beside it.
 """
 
 import argparse
@@ -93,7 +93,7 @@ class Config:
     # the run
     preset: str = ""  # sizes and schedule together; default: cpu without a GPU, gpu with one
     stage: str = "diffusion"  # diffusion | vae (what is trained)
-    data: str = "shapes"  # name in data/, an .npz (images; labels, captions or features), a folder of pictures (.txt beside them)
+    data: str = "shapes"  # name in data/, an .npz (images; labels, captions or features), a folder of pictures and .txt
     flip: bool = False  # mirror half of the pictures of an .npz or a folder; sets in data/ know whether it is allowed
     batch: int = 32  # pictures per micro-step, over all processes together
     accum: int = 1  # micro-steps whose gradients are summed into one step
@@ -120,7 +120,7 @@ class Config:
     eval_every: int = 250  # steps between evaluations and saves
     eval_iters: int = 4  # batches of an evaluation; always the same ones, with the same noise
     log_every: int = 10  # steps between progress lines
-    sample: str = ""  # pictures of this caption, class name or number (several: "a | b"), from --out or --init, instead of training
+    sample: str = ""  # draw this caption, class or number ("a | b": both), from --out or --init, instead of training
     number: int = 8  # how many of each
     sampler: str = ""  # ddpm | ddim | euler | heun; default: euler for flow, ddpm for ddpm
     sample_steps: int = 50  # steps of the sampler
@@ -138,17 +138,19 @@ class Config:
 
 
 PRESETS = {
-    # pixels of 32 a side, about five minutes on two cores, in fp32: in bf16 the forms were right and the colours were not;
+    # pixels of 32 a side, about five minutes on two cores, in fp32: in bf16 the forms were right, the colours were not;
     # --stage vae: latents of half the side
-    "cpu": dict(widths=(16, 32, 64), attn=(0, 0, 1), layers=1, heads=4, groups=8, captions=24, dim=64, text_layers=2, text_heads=4,
-                vae_widths=(16, 32), vae_layers=1, batch=16, steps=1400, lr=7e-3, lr_end=0.0, warmup=20, optim="muon", ema=0.99, dtype="fp32",
-                eval_every=700),
+    "cpu": dict(widths=(16, 32, 64), attn=(0, 0, 1), layers=1, heads=4, groups=8, captions=24, dim=64, text_layers=2,
+                text_heads=4, vae_widths=(16, 32), vae_layers=1, batch=16, steps=1400, lr=7e-3, lr_end=0.0, warmup=20,
+                optim="muon", ema=0.99, dtype="fp32", eval_every=700),
     # pixels or latents of 32 to 64 a side on one 12 GB GPU
-    "gpu": dict(widths=(128, 256, 256), attn=(0, 1, 1), heads=8, dim=256, text_layers=4, text_heads=4, vae_widths=(64, 128, 256), batch=64,
-                steps=20_000, lr=2e-4, lr_end=0.0, warmup=200, ema=0.999, eval_every=1000),
+    "gpu": dict(widths=(128, 256, 256), attn=(0, 1, 1), heads=8, dim=256, text_layers=4, text_heads=4,
+                vae_widths=(64, 128, 256), batch=64, steps=20_000, lr=2e-4, lr_end=0.0, warmup=200, ema=0.999,
+                eval_every=1000),
     # Stable Diffusion 1.x, with its recipe for one GPU: fine-tune with --init, or train in the latents of --vae
-    "sd1": dict(captions=77, vocab=49408, objective="ddpm", betas="scaled", scale=0.18215, size=64, channels=4, batch=4, accum=8, ckpt=True,
-                steps=100_000, warmup=1000, sampler="ddim", guidance=7.5, optim="adamw8bit", eval_every=1000),
+    "sd1": dict(captions=77, vocab=49408, objective="ddpm", betas="scaled", scale=0.18215, size=64, channels=4,
+                batch=4, accum=8, ckpt=True, steps=100_000, warmup=1000, sampler="ddim", guidance=7.5,
+                optim="adamw8bit", eval_every=1000),
 }  # fmt: skip
 
 
@@ -166,9 +168,10 @@ def alpha_bar(kind):
 
 
 def posterior(now, then):
-    """q(x_then | x_now, x_0) for the alpha_bar of two times -> the factors of x_0 and x_now in its mean, beta~ and beta (DDPM, eq. 7)."""
+    """q(x_then | x_now, x_0) of two alpha_bar -> its mean's factors of x_0 and x_now, beta~ and beta (DDPM, eq. 7)."""
     beta = 1 - now / then
-    return then**0.5 * beta / (1 - now), (now / then) ** 0.5 * (1 - then) / (1 - now), beta * (1 - then) / (1 - now), beta
+    return (then**0.5 * beta / (1 - now), (now / then) ** 0.5 * (1 - then) / (1 - now),
+            beta * (1 - then) / (1 - now), beta)
 
 
 @functools.cache
@@ -186,7 +189,8 @@ def normal_kl(m1, v1, m2, v2):
 
 
 def log_likelihood(x, mean, log_std):
-    """log of the normal's mass in the bin of x, 1/255 to each side, the outer bins open. Phi is its tanh approximation, as in the official code."""
+    """log of the normal's mass in the bin of x, 1/255 to each side, the outer bins open.
+    Phi is its tanh approximation, as in the official code."""
     cdf = lambda z: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
     above, below = (cdf((x - mean + d) * (-log_std).exp()) for d in (1 / 255, -1 / 255))
     mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
@@ -194,10 +198,11 @@ def log_likelihood(x, mean, log_std):
 
 
 class Diffusion(nn.Module):
-    """From noise to a picture with forward(x_t, t, cond, mask=None, drop=None) -> prediction; x_t = a x_0 + s eps, t (B,) in [0, LEVELS).
+    """From noise to a picture with forward(x_t, t, cond, mask=None, drop=None) -> prediction.
 
-    ddpm: a^2 = alpha_bar_t, s^2 = 1 - a^2; the prediction is eps (Ho et al. 2020, arXiv:2006.11239) and, with learn_sigma, where
-    log sigma^2 lies between its bounds (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15).
+    x_t = a x_0 + s eps, t (B,) in [0, LEVELS).
+    ddpm: a^2 = alpha_bar_t, s^2 = 1 - a^2; the prediction is eps (Ho et al. 2020, arXiv:2006.11239) and, with
+    learn_sigma, where log sigma^2 lies between its bounds (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 15).
     flow: a = 1 - t / LEVELS, s = t / LEVELS; the prediction is eps - x_0 (Liu et al. 2022, arXiv:2209.03003).
     """
 
@@ -215,8 +220,8 @@ class Diffusion(nn.Module):
         drop = u[:, 1] < self.cfg.drop if self.training else None
         t, c = LEVELS * u[:, 0], x0.shape[1]
         if self.cfg.objective == "flow":
-            if self.training:  # most often in the middle, where forms are decided: logit-normal (Esser et al. 2024, arXiv:2403.03206, eq. 19)
-                t = LEVELS * torch.sigmoid(torch.special.ndtri(u[:, 0]) + 0.5)
+            if self.training:  # most often in the middle, where forms are decided: logit-normal, Esser et al. 2024,
+                t = LEVELS * torch.sigmoid(torch.special.ndtri(u[:, 0]) + 0.5)  # arXiv:2403.03206, eq. 19
             s = (t / LEVELS).view(-1, 1, 1, 1)
             return F.mse_loss(self((1 - s) * x0 + s * noise, t, cond, mask, drop).float(), noise - x0)
         t = t.long().clamp(max=LEVELS - 1)
@@ -232,24 +237,28 @@ class Diffusion(nn.Module):
         return loss
 
     def times(self, steps):
-        """Times of a sampler: `steps` of 0..LEVELS-1 from the last to the first (the official respacing); flow: even steps from LEVELS on."""
+        """Times of a sampler: `steps` of 0..LEVELS-1, falling (the official respacing); flow: evenly from LEVELS on."""
         if self.cfg.objective == "flow":
             return [LEVELS * (1 - i / steps) for i in range(steps)]
         return sorted({round(i * (LEVELS - 1) / max(1, steps - 1)) for i in range(steps)}, reverse=True)
 
     @torch.no_grad()
-    def sample(self, cond, steps=50, guidance=1.0, generator=None, sampler="", mask=None, noise=None, times=None, eta=0.0, clip=False):
+    def sample(self, cond, steps=50, guidance=1.0, generator=None, sampler="",
+               mask=None, noise=None, times=None, eta=0.0, clip=False):
         """cond (B, ...) as forward() takes it, or as the data has it -> pictures (B, c, h, w).
 
-        ddim, euler   x' = a' x_0^ + s' eps^                   Song et al. 2020, arXiv:2010.02502, eq. 12 without noise; for flow it is Euler's rule
+        ddim, euler   x' = a' x_0^ + s' eps^                   Song et al. 2020, arXiv:2010.02502, eq. 12 without noise;
+                                                               for flow it is Euler's rule
         ddpm          x' = mean of q(x' | x, x_0^) + sigma z   DDPM, algorithm 2; sigma^2 is learned, or beta~
-        heun          euler, and again with the mean of the slopes at both ends; Karras et al. 2022, arXiv:2206.00364, algorithm 1
-        noise, times: x_T and the times, where they are given. eta: noise in ddim, 1 is as much as ddpm's. clip: keep x_0^ in [-1, 1], for pixels.
+        heun          euler, again with the mean slope of both ends; Karras et al. 2022, arXiv:2206.00364, algorithm 1
+        noise, times: x_T and the times, where they are given. eta: noise in ddim, 1 is as much as ddpm's.
+        clip: keep x_0^ in [-1, 1], for pixels.
         """
         flow, was, B = self.cfg.objective == "flow", self.training, len(cond)
         sampler, times = sampler or ("euler" if flow else "ddpm"), self.times(steps) if times is None else list(times)
         device, shape = next(self.parameters()).device, (B, *self.noise_shape(self.cfg))
-        randn = lambda: torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+        randn = lambda: torch.randn(shape, generator=generator,
+                                    device=generator.device if generator else device).to(device)
         self.eval()
         x, cond = randn() if noise is None else noise, self.encode(cond)
         twice = lambda v: None if v is None else torch.cat([v, v])
@@ -258,7 +267,8 @@ class Diffusion(nn.Module):
         a_s = lambda t: (1 - t / LEVELS, t / LEVELS) if flow else (bars[t] ** 0.5, (1 - bars[t]) ** 0.5)
 
         def predict(x, now):
-            """-> x_0^, eps^ and v, if it is learned; guidance: eps = eps_free + g (eps_cond - eps_free) (Ho & Salimans 2022, arXiv:2207.12598)."""
+            """-> x_0^, eps^ and v, if it is learned; guidance: eps = eps_free + g (eps_cond - eps_free)
+            (Ho & Salimans 2022, arXiv:2207.12598)."""
             (a, s), t, c = a_s(now), torch.full((B,), now, device=device), x.shape[1]
             if guidance == 1:
                 out = self(x, t, cond, mask).float()
@@ -281,7 +291,8 @@ class Diffusion(nn.Module):
                 c0, ct, small, beta = posterior(bars[now], 1.0 if last else bars[then])
                 x = c0 * x0 + ct * x
                 if not last:
-                    log_var = (v + 1) / 2 * math.log(beta) + (1 - v) / 2 * math.log(small) if v.shape[1] else torch.tensor(math.log(small))
+                    log_var = ((v + 1) / 2 * math.log(beta) + (1 - v) / 2 * math.log(small) if v.shape[1]
+                               else torch.tensor(math.log(small)))
                     x = x + (log_var / 2).exp() * randn()
                 continue
             sigma = eta * s1 / s * (1 - (a / a1) ** 2) ** 0.5 if eta else 0.0
@@ -321,7 +332,7 @@ class Objective(nn.Module):
 
 
 class EMA(torch.optim.Optimizer):
-    """average <- decay average + (1 - decay) weights after each step. It stands last among the optimizers and needs no gradient."""
+    """average <- decay average + (1 - decay) weights after each step; last of the optimizers, it needs no gradient."""
 
     def __init__(self, params, decay):
         super().__init__(params, dict(lr=0.0, lr_scale=0.0, wd=0.0, weight_decay=0.0, decay=decay))
@@ -378,7 +389,7 @@ class ResBlock(nn.Module):
         """x (B, C_in, h, w), e (B, time): silu of the time's embedding, or None -> (B, C, h, w)."""
         h = self.conv1(self.norm1(x))
         if e is not None:
-            h.add_(self.time_emb_proj(e)[:, :, None, None])  # in place: a convolution does not need its own output in backward
+            h.add_(self.time_emb_proj(e)[:, :, None, None])  # in place: backward does not need a convolution's output
         return self.conv2(self.norm2(h)).add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -436,7 +447,7 @@ class Transformer(nn.Module):
 
     def __init__(self, C, context, heads, groups):
         super().__init__()
-        self.norm = GroupNorm(groups, C, 1e-6, silu=False)  # 1e-6 here and in the VAE, 1e-5 in the U-Net's residual blocks
+        self.norm = GroupNorm(groups, C, 1e-6, silu=False)  # 1e-6 here and in the VAE, 1e-5 in the U-Net's ResBlocks
         self.proj_in = nn.Conv2d(C, C, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(C, context, heads)])
         self.proj_out = nn.Conv2d(C, C, 1)
@@ -451,7 +462,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """One level: residual blocks, each with a transformer after it where the level attends, then half or twice the side."""
+    """One level: residual blocks, a transformer after each where the level attends, then half or twice the side."""
 
     def __init__(self, widths, C, cfg, time=0, transformer=None, down=False, up=False, eps=1e-6):
         """widths: channels that each residual block takes. Without time, and with eps 1e-6: a level of the VAE."""
@@ -467,7 +478,7 @@ class Block(nn.Module):
         return self.attentions[i](x, text, mask) if self.attentions else x
 
     def forward(self, x, e=None, text=None, mask=None, leave=None, take=None):
-        """leave: a list to which the way down adds what it makes; take: the same list, used up from its end on the way up."""
+        """leave: a list where the way down puts what it makes; take: that list, used up from its end on the way up."""
         for i in range(len(self.resnets)):
             x = torch.cat([x, take.pop()], 1) if take else x
             args = i, x, e, text, mask
@@ -487,14 +498,15 @@ def layout(x):
 
 
 def doubled(x, w, b):
-    """A 3 x 3 convolution of x with every pixel four times, computed at the small size. An even row of the result sees rows i - 1 and i,
-    with weights w_0 and w_1 + w_2, an odd row i and i + 1, with w_0 + w_1 and w_2; so do columns: 4 products a pixel where 9 were."""
+    """A 3 x 3 convolution of x with every pixel four times, computed at the small size. An even row of the result sees
+    rows i - 1 and i, with weights w_0 and w_1 + w_2, an odd row i and i + 1, with w_0 + w_1 and w_2; so do columns:
+    4 products a pixel where 9 were."""
     (B, _, h, n), O = x.shape, len(w)
     halves = lambda w, d: [torch.stack(k, d) for w0, w1, w2 in [w.unbind(d)] for k in ((w0, w1 + w2), (w0 + w1, w2))]
     p, rows = F.pad(x, (1, 1, 1, 1)), []
     for i, k in enumerate(halves(w, 2)):
-        pair = [F.conv2d(p[:, :, i : i + h + 1, j : j + n + 1], q, b) for j, q in enumerate(halves(k, 3))]  # each (B, O, h, n)
-        rows.append(torch.stack(pair, 4))
+        pair = [F.conv2d(p[:, :, i : i + h + 1, j : j + n + 1], q, b) for j, q in enumerate(halves(k, 3))]
+        rows.append(torch.stack(pair, 4))  # (B, O, h, n, 2)
     return torch.stack(rows, 3).reshape(B, O, 2 * h, 2 * n).contiguous(memory_format=layout(x))
 
 
@@ -508,7 +520,7 @@ class Resample(nn.Module):
     def forward(self, x):
         if self.conv.stride[0] == 1:
             return doubled(x, self.conv.weight, self.conv.bias)
-        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))  # the VAE pads on the right and below only
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))  # the VAE pads right and below only
 
 
 class Middle(nn.Module):
@@ -531,7 +543,7 @@ def sinusoids(t, C):
 
 
 class Model(Diffusion):
-    """The U-Net, with the names of diffusers' UNet2DConditionModel. text_encoder, and vae where there is one, are parts of it."""
+    """The U-Net, with the names of diffusers' UNet2DConditionModel. Parts: text_encoder, and vae where there is one."""
 
     def __new__(cls, cfg, *parts):  # Model(cfg) is what train() trains
         return VAE(cfg) if cfg.stage == "vae" else super().__new__(cls)
@@ -546,7 +558,8 @@ class Model(Diffusion):
             if any(w % n for w in widths):
                 bad(f"--{name} {n}: each of --widths {' '.join(map(str, widths))} must be divisible by it")
         if self.noise_shape(cfg)[1] % 2**last:
-            bad(f"--widths {' '.join(map(str, widths))}: halves {last} times what has a side of {self.noise_shape(cfg)[1]}")
+            bad(f"--widths {' '.join(map(str, widths))}: "
+                f"halves {last} times what has a side of {self.noise_shape(cfg)[1]}")
         transformer = functools.partial(Transformer, context=context, heads=cfg.heads, groups=cfg.groups)
         block = functools.partial(Block, cfg=cfg, time=time, eps=1e-5)
         self.time_embedding = nn.ModuleDict(dict(linear_1=nn.Linear(C, time), linear_2=nn.Linear(time, time)))
@@ -590,8 +603,8 @@ class Model(Diffusion):
         return ids
 
     def forward(self, x, t, cond, mask=None, drop=None):
-        """x (B, c, h, w), t (B,), cond: tokens (B, S), labels (B,) or features (B, S, C), mask (B, S): the tokens to attend to, None: all,
-        as Stable Diffusion does -> (B, c, h, w); drop (B,): no condition there."""
+        """x (B, c, h, w), t (B,), cond: tokens (B, S), labels (B,) or features (B, S, C), mask (B, S): the tokens to
+        attend to, None: all, as Stable Diffusion does -> (B, c, h, w); drop (B,): no condition there."""
         text = self.encode(cond)  # (B, S, C)
         if drop is not None:  # the features of no caption; zeros, where features come from elsewhere
             none = self.encode(self.nothing(text.shape[1], x.device)) if self.text_encoder else torch.zeros_like(text)
@@ -608,7 +621,7 @@ class Model(Diffusion):
         return self.conv_out(self.conv_norm_out(x))
 
     def loss_at(self, x0, cond, u, noise, mask=None):
-        if self.vae and x0.shape != noise.shape:  # pixels, of which the VAE makes latents; the dice for them come from the noise
+        if self.vae and x0.shape != noise.shape:  # pixels: the VAE makes latents, the dice for them come from the noise
             with torch.no_grad():
                 mean, logvar = self.vae.encode(x0)
                 x0 = self.cfg.scale * (mean + (logvar / 2).exp() * noise.flip(0, 2, 3))
@@ -622,7 +635,8 @@ class Model(Diffusion):
     def param_groups(self, weight_decay):
         """Matrices and convolutions decay, vectors do not; `matrix` marks what Muon may orthogonalise."""
         kinds = ResBlock, Resample, Transformer, TextLayer
-        inner = [p for m in self.modules() if isinstance(m, kinds) for p in m.parameters() if p.ndim > 1 and p.requires_grad]
+        inner = [p for m in self.modules() if isinstance(m, kinds)
+                 for p in m.parameters() if p.ndim > 1 and p.requires_grad]
         held = {id(p) for p in inner}
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in held]
         return [
@@ -635,27 +649,29 @@ class Model(Diffusion):
         """config.json as diffusers' UNet2DConditionModel reads it."""
         c, kinds = self.cfg, ["CrossAttn" * bool(a) for a in self.cfg.attn]
         return dict(
-            _class_name="UNet2DConditionModel", sample_size=self.noise_shape(c)[1], in_channels=c.channels, out_channels=c.channels,
-            block_out_channels=c.widths, down_block_types=[f"{k}DownBlock2D" for k in kinds],
+            _class_name="UNet2DConditionModel", sample_size=self.noise_shape(c)[1], in_channels=c.channels,
+            out_channels=c.channels, block_out_channels=c.widths, down_block_types=[f"{k}DownBlock2D" for k in kinds],
             up_block_types=[f"{k}UpBlock2D" for k in reversed(kinds)], mid_block_type="UNetMidBlock2DCrossAttn",
             layers_per_block=c.layers, attention_head_dim=c.heads, cross_attention_dim=c.features or c.dim,
-            norm_num_groups=c.groups, norm_eps=1e-5, act_fn="silu", downsample_padding=1, flip_sin_to_cos=True, freq_shift=0,
-            use_linear_projection=False, num_attention_heads=None, class_embed_type=None, addition_embed_type=None,
-            encoder_hid_dim_type=None, transformer_layers_per_block=1, only_cross_attention=False, dual_cross_attention=False,
-            resnet_time_scale_shift="default", center_input_sample=False, upcast_attention=False, time_embedding_dim=None,
+            norm_num_groups=c.groups, norm_eps=1e-5, act_fn="silu", downsample_padding=1, flip_sin_to_cos=True,
+            freq_shift=0, use_linear_projection=False, num_attention_heads=None, class_embed_type=None,
+            addition_embed_type=None, encoder_hid_dim_type=None, transformer_layers_per_block=1,
+            only_cross_attention=False, dual_cross_attention=False, resnet_time_scale_shift="default",
+            center_input_sample=False, upcast_attention=False, time_embedding_dim=None,
         )  # fmt: skip
 
     @staticmethod
     def sizes(c):
         """config.json -> fields of Config."""
         attn = [int(t.startswith("CrossAttn")) for t in c["down_block_types"]]
-        return dict(widths=c["block_out_channels"], attn=attn, layers=c["layers_per_block"], heads=c["attention_head_dim"], size=c["sample_size"],
-                    groups=c["norm_num_groups"], channels=c["in_channels"], features=c["cross_attention_dim"])  # fmt: skip
+        return dict(widths=c["block_out_channels"], attn=attn, layers=c["layers_per_block"],
+                    heads=c["attention_head_dim"], size=c["sample_size"], groups=c["norm_num_groups"],
+                    channels=c["in_channels"], features=c["cross_attention_dim"])  # fmt: skip
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
-        """source: a folder or hub name (owner/name) with unet/, vae/, text_encoder/ and scheduler/, all but the first optional;
-        or a U-Net's own folder; or a VAE's, which is returned. overrides: fields of Config."""
+        """source: a folder or hub name (owner/name) with unet/, vae/, text_encoder/ and scheduler/, all but the first
+        optional; or a U-Net's own folder; or a VAE's, which is returned. overrides: fields of Config."""
         config = json.loads(Path(source, "config.json").read_text()) if Path(source, "config.json").is_file() else {}
         if config.get("_class_name") == "AutoencoderKL" or overrides.get("stage") == "vae":
             return VAE.from_pretrained(source if config else f"{source}/vae", **overrides)
@@ -694,8 +710,8 @@ class Model(Diffusion):
             return dict(_class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=LEVELS, shift=1.0)
         kind = dict(linear="linear", scaled="scaled_linear", cosine="squaredcos_cap_v2")[self.cfg.betas]
         low, high = (0.00085, 0.012) if self.cfg.betas == "scaled" else (1e-4, 0.02)
-        return dict(_class_name="DDIMScheduler", num_train_timesteps=LEVELS, beta_schedule=kind, beta_start=low, beta_end=high,
-                    clip_sample=self.cfg.channels in (1, 3), prediction_type="epsilon")  # fmt: skip
+        return dict(_class_name="DDIMScheduler", num_train_timesteps=LEVELS, beta_schedule=kind, beta_start=low,
+                    beta_end=high, clip_sample=self.cfg.channels in (1, 3), prediction_type="epsilon")  # fmt: skip
 
 
 class Coder(nn.Module):
@@ -735,14 +751,15 @@ class PlaceAttention(Attention):
 
 
 class VAE(nn.Module):
-    """q(z | x) = N(mean, exp(logvar)), with the names of diffusers' AutoencoderKL; each level but the last halves the side."""
+    """q(z | x) = N(mean, exp(logvar)), named as diffusers' AutoencoderKL; each level but the last halves the side."""
 
     objective, averages, snapshot, prepare = Diffusion.objective, Diffusion.averages, Diffusion.snapshot, Model.prepare
 
     def __init__(self, cfg):
         super().__init__()
         if any(w % cfg.groups for w in cfg.vae_widths):
-            bad(f"--groups {cfg.groups}: each of --vae-widths {' '.join(map(str, cfg.vae_widths))} must be divisible by it")
+            bad(f"--groups {cfg.groups}: "
+                f"each of --vae-widths {' '.join(map(str, cfg.vae_widths))} must be divisible by it")
         self.cfg, n = cfg, cfg.latent
         self.encoder = Coder(3, 2 * n, cfg, down=True)
         self.decoder = Coder(n, 3, cfg, down=False)
@@ -762,8 +779,8 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z.contiguous(memory_format=layout(z))))
 
     def loss_at(self, x0, cond, u, noise, mask=None):
-        """The squared error of a sample from q, and a little of KL(q || N(0, 1)) (Kingma & Welling 2013, arXiv:1312.6114v11, eq. 10).
-        In evaluation the error alone, of the mean."""
+        """The squared error of a sample from q, and a little of KL(q || N(0, 1)) (Kingma & Welling 2013,
+        arXiv:1312.6114v11, eq. 10). In evaluation the error alone, of the mean."""
         mean, logvar = self.encode(x0)
         if not self.training:
             x = self.decode(mean).float()
@@ -772,19 +789,22 @@ class VAE(nn.Module):
         self.errors = []
         z = mean + (logvar / 2).exp() * noise
         std = z.detach().float().std()
-        before = self.spread if self.spread is not None else std if not self.cfg.scale else torch.full_like(std, 1 / self.cfg.scale)
+        before = (self.spread if self.spread is not None
+                  else std if not self.cfg.scale else torch.full_like(std, 1 / self.cfg.scale))
         self.spread = before.lerp(std, 0.01)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return F.mse_loss(self.decode(z).float(), x0.expand(-1, 3, -1, -1)) + self.cfg.kl * kl
 
     def report(self):
         """PSNR of the last evaluation: 10 log10(2^2 / mean squared error) of each picture, on average."""
-        return f"PSNR {10 * (4 / torch.cat(self.errors)).log10().mean():.2f} dB" if self.errors else f"spread {self.spread:.2f}"
+        return (f"PSNR {10 * (4 / torch.cat(self.errors)).log10().mean():.2f} dB" if self.errors
+                else f"spread {self.spread:.2f}")
 
     def sample(self, cond, *args, **kwargs):
         """For the grid: pictures of the last evaluation, each with what became of it beside it."""
         if self.seen is None:
-            bad("--sample: this is a VAE alone, from which nothing can be drawn; --vae takes it for a diffusion in its latents")
+            bad("--sample: this is a VAE alone, from which nothing can be drawn; "
+                "--vae takes it for a diffusion in its latents")
         x0, x = self.seen
         return torch.stack([x0.expand_as(x), x], 1).flatten(0, 1)[: len(cond)]
 
@@ -797,18 +817,21 @@ class VAE(nn.Module):
         """config.json as diffusers' AutoencoderKL reads it."""
         c, n = self.cfg, len(self.cfg.vae_widths)
         return dict(
-            _class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=c.latent, block_out_channels=c.vae_widths,
-            down_block_types=["DownEncoderBlock2D"] * n, up_block_types=["UpDecoderBlock2D"] * n, layers_per_block=c.vae_layers,
-            norm_num_groups=c.groups, act_fn="silu", sample_size=c.size, use_quant_conv=True,
+            _class_name="AutoencoderKL", in_channels=3, out_channels=3, latent_channels=c.latent,
+            block_out_channels=c.vae_widths, down_block_types=["DownEncoderBlock2D"] * n,
+            up_block_types=["UpDecoderBlock2D"] * n, layers_per_block=c.vae_layers, norm_num_groups=c.groups,
+            act_fn="silu", sample_size=c.size, use_quant_conv=True,
             scaling_factor=(c.scale or 1.0) if self.spread is None else 1 / self.spread.item(),
-            use_post_quant_conv=True, mid_block_add_attention=True, shift_factor=None, latents_mean=None, latents_std=None,
+            use_post_quant_conv=True, mid_block_add_attention=True,
+            shift_factor=None, latents_mean=None, latents_std=None,
         )  # fmt: skip
 
     @staticmethod
     def sizes(c):
         """config.json -> fields of Config."""
-        return dict(vae_widths=c["block_out_channels"], vae_layers=c["layers_per_block"], groups=c["norm_num_groups"], size=c["sample_size"],
-                    latent=c["latent_channels"], channels=c["latent_channels"], scale=c.get("scaling_factor", 0.18215), stage="vae")  # fmt: skip
+        return dict(vae_widths=c["block_out_channels"], vae_layers=c["layers_per_block"], groups=c["norm_num_groups"],
+                    size=c["sample_size"], latent=c["latent_channels"], channels=c["latent_channels"],
+                    scale=c.get("scaling_factor", 0.18215), stage="vae")  # fmt: skip
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
@@ -829,24 +852,29 @@ class TextLayer(nn.Module):
 
     def forward(self, x):
         a, h = self.self_attn, self.layer_norm1(x)
-        q, k, v = (f(h).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (a.q_proj, a.k_proj, a.v_proj))  # each (B, H, S, D)
+        q, k, v = (f(h).unflatten(2, (self.heads, -1)).transpose(1, 2)
+                   for f in (a.q_proj, a.k_proj, a.v_proj))  # each (B, H, S, D)
         x = x + a.out_proj(attention(q, k, v, causal=True).transpose(1, 2).flatten(2))
         h = self.mlp.fc1(self.layer_norm2(x))
         return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))  # CLIP's quick GELU
 
 
 class TextEncoder(nn.Module):
-    """CLIP's (Radford et al. 2021, arXiv:2103.00020), with the names of transformers' CLIPTextModel. A label is a caption of one token."""
+    """CLIP's (Radford et al. 2021, arXiv:2103.00020), with the names of transformers' CLIPTextModel.
+    A label is a caption of one token."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg, C = cfg, cfg.dim
         if C % cfg.text_heads:
             bad(f"--text-heads {cfg.text_heads}: --dim {C} must be divisible by it")
-        rows, places = cfg.vocab or dict(none=1, text=256).get(cfg.cond, cfg.classes + 1), cfg.captions if cfg.cond == "text" else 1
-        # N(0, 1), PyTorch's: CLIP's own 0.02 drowns in the first layers' output, and then it takes long to tell one word from another
-        embeddings = nn.ModuleDict(dict(token_embedding=nn.Embedding(rows, C), position_embedding=nn.Embedding(places, C)))
-        encoder = nn.ModuleDict(dict(layers=nn.ModuleList(TextLayer(C, cfg.text_heads) for _ in range(cfg.text_layers))))
+        rows, places = (cfg.vocab or dict(none=1, text=256).get(cfg.cond, cfg.classes + 1),
+                        cfg.captions if cfg.cond == "text" else 1)
+        # N(0, 1), PyTorch's: CLIP's own 0.02 drowns in the first layers' output, and it takes long to tell words apart
+        embeddings = nn.ModuleDict(dict(token_embedding=nn.Embedding(rows, C),
+                                        position_embedding=nn.Embedding(places, C)))
+        encoder = nn.ModuleDict(dict(layers=nn.ModuleList(TextLayer(C, cfg.text_heads)
+                                                          for _ in range(cfg.text_layers))))
         self.text_model = nn.ModuleDict(dict(embeddings=embeddings, encoder=encoder, final_layer_norm=LayerNorm(C)))
 
     def forward(self, tokens):
@@ -862,16 +890,17 @@ class TextEncoder(nn.Module):
         c, e = self.cfg, self.text_model.embeddings
         rows, places = len(e.token_embedding.weight), len(e.position_embedding.weight)
         return dict(
-            model_type="clip_text_model", architectures=["CLIPTextModel"], vocab_size=rows, max_position_embeddings=places,
-            hidden_size=c.dim, intermediate_size=4 * c.dim, num_hidden_layers=c.text_layers, num_attention_heads=c.text_heads,
-            hidden_act="quick_gelu", layer_norm_eps=1e-5, bos_token_id=max(0, rows - 2), eos_token_id=rows - 1, pad_token_id=rows - 1,
+            model_type="clip_text_model", architectures=["CLIPTextModel"], vocab_size=rows,
+            max_position_embeddings=places, hidden_size=c.dim, intermediate_size=4 * c.dim,
+            num_hidden_layers=c.text_layers, num_attention_heads=c.text_heads, hidden_act="quick_gelu",
+            layer_norm_eps=1e-5, bos_token_id=max(0, rows - 2), eos_token_id=rows - 1, pad_token_id=rows - 1,
         )  # fmt: skip
 
     @staticmethod
     def sizes(c):
         """config.json -> fields of Config."""
-        return dict(dim=c["hidden_size"], text_layers=c["num_hidden_layers"], text_heads=c["num_attention_heads"], vocab=c["vocab_size"],
-                    captions=c["max_position_embeddings"], cond="text")  # fmt: skip
+        return dict(dim=c["hidden_size"], text_layers=c["num_hidden_layers"], text_heads=c["num_attention_heads"],
+                    vocab=c["vocab_size"], captions=c["max_position_embeddings"], cond="text")  # fmt: skip
 
     @classmethod
     def from_pretrained(cls, source):
@@ -885,7 +914,8 @@ class TextEncoder(nn.Module):
 CLIP = 49408  # words of CLIP's tokenizer, the last two of which are begin and end
 HUB = {"sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 WEIGHTS = "diffusion_pytorch_model"  # diffusers' name for a file of weights
-FREE = "sample_size bos_token_id eos_token_id pad_token_id architectures scaling_factor".split()  # of config.json: nothing depends on them here
+# of config.json: nothing depends on them here
+FREE = "sample_size bos_token_id eos_token_id pad_token_id architectures scaling_factor".split()
 
 
 def load_part(cls, source, name, overrides, *parts):
@@ -908,25 +938,27 @@ def load_part(cls, source, name, overrides, *parts):
     for key in own.keys() & config.keys() - set(FREE):
         if config[key] != own[key]:
             bad(f"{path.parent}: {key} = {config[key]!r} in config.json, where {own[key]!r} is computed here")
-    # transformers saves without the prefix from version 5 on; position_ids is no parameter; the VAE's attention had other names once
+    # transformers >= 5 saves without prefix; position_ids is no parameter; the VAE's attention had other names once
     tensors = {k: v for k, v in tensors.items() if not k.endswith("position_ids")}
     if cls is TextEncoder:
         tensors = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in tensors.items()}
     old = dict(query="to_q", key="to_k", value="to_v", proj_attn="to_out.0")
-    tensors = {re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)\b", lambda m: m[1] + old[m[2]], k): v for k, v in tensors.items()}
-    held = {k: v for k, v in model.state_dict().items() if k.startswith(("vae.", "text_encoder."))}  # the parts, which have their weights
+    tensors = {re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)\b", lambda m: m[1] + old[m[2]], k): v
+               for k, v in tensors.items()}
+    held = {k: v for k, v in model.state_dict().items() if k.startswith(("vae.", "text_encoder."))}  # loaded already
     load_strict(model, tensors | held, path)
     return model
 
 
 def picture_size(cfg, seen):
-    """What pictures the model makes, for data of (h, w, c) = seen -> their side, the channels of what is diffused; a mistake is a line."""
+    """What pictures the model makes, for data of (h, w, c) = seen -> side, diffused channels; a mistake is a line."""
     h, w, c = seen
     if h != w:
         bad(f"--data {cfg.data}: its pictures are {h} x {w}, and a square is needed")
     if cfg.vae and not cfg.scale:
         found = VAE.from_pretrained(cfg.vae).cfg
-        cfg.vae_widths, cfg.vae_layers, cfg.latent, cfg.scale = found.vae_widths, found.vae_layers, found.latent, found.scale
+        cfg.vae_widths, cfg.vae_layers, cfg.latent, cfg.scale = (found.vae_widths, found.vae_layers,
+                                                                 found.latent, found.scale)
     if cfg.scale or cfg.stage == "vae":
         halvings = len(cfg.vae_widths) - 1
         if c == cfg.latent:  # the data are latents already
@@ -993,7 +1025,8 @@ def parse(argv=None):
 
 
 # ----- shapes (shared) -----
-COLOURS = dict(red=(220, 40, 40), green=(40, 180, 60), blue=(50, 80, 230), yellow=(235, 210, 30), purple=(170, 50, 200), cyan=(30, 200, 210))
+COLOURS = dict(red=(220, 40, 40), green=(40, 180, 60), blue=(50, 80, 230), yellow=(235, 210, 30),
+               purple=(170, 50, 200), cyan=(30, 200, 210))  # fmt: skip
 FORMS = ("circle", "square", "triangle", "ring", "cross")
 
 
@@ -1011,7 +1044,7 @@ def outside(form, x, y, r):
 
 
 def draw_shapes(n, size, seed):
-    """n pictures of one shape each -> images (n, size, size, 3) uint8, labels (n,), captions (n,), and the labels' names."""
+    """n pictures of a shape each -> images (n, size, size, 3) uint8, labels (n,), captions (n,), the labels' names."""
     rng = np.random.default_rng((seed, size))
     names = [f"{c} {f}" for c in COLOURS for f in FORMS]
     labels, large, told = rng.integers(len(names), size=n), rng.random(n) < 0.5, rng.random(n) < 0.75
@@ -1050,7 +1083,7 @@ def check(cfg):
 
 
 class Tokenizer:
-    """Conditions as numbers. kind none: 0. class: a place among the names `chars`. byte: a caption's utf-8, filled up with zeros."""
+    """Conditions as numbers. kind none: 0. class: a place in the names `chars`. byte: a caption's utf-8, then zeros."""
 
     def __init__(self, kind, chars=()):
         self.kind, self.chars = kind, list(chars)
@@ -1077,11 +1110,12 @@ class Tokenizer:
 
     def decode(self, row):
         """A row of encode() -> text."""
-        return bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") if self.kind == "byte" else self.chars[int(row)] if self.chars else ""
+        return (bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") if self.kind == "byte"
+                else self.chars[int(row)] if self.chars else "")
 
 
 class Images:
-    """Pictures of one split with their conditions: uint8 (N, h, w, c), or latents as floats (N, c, h, w), as they lie on the disk."""
+    """Pictures of a split with their conditions: uint8 (N, h, w, c), or float latents (N, c, h, w), as on the disk."""
 
     unit = "picture"
 
@@ -1093,7 +1127,7 @@ class Images:
         return f"{N:,} training pictures of {' x '.join(map(str, shape))}{', mirrored too' * self.flip}"
 
     def pack(self, numbers, mirrored, u, noise):
-        """-> x_0 in [-1, 1] (n, c, h, w), conditions, two uniform numbers and the noise of each; with features, their mask."""
+        """-> x_0 in [-1, 1] (n, c, h, w), conditions, two uniform numbers and noise of each; with features, a mask."""
         x = torch.from_numpy(np.ascontiguousarray(self.pictures[numbers]))
         x = x.permute(0, 3, 1, 2).float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
         x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(3), x).contiguous()
@@ -1102,15 +1136,17 @@ class Images:
         return (x, cond, u, noise) if self.mask is None else (x, cond, u, noise, torch.from_numpy(self.mask[numbers]))
 
     def batch(self, cfg, step, micro, rank, world):
-        """A pure function of (seed, step, micro), noise included, split over the processes: any number of them sees the same data."""
+        """A pure function of (seed, step, micro), noise too, split over processes: any number sees the same data."""
         rng = np.random.default_rng((cfg.seed, step, micro))
         numbers, mirrored = rng.integers(len(self.pictures), size=cfg.batch), rng.random(cfg.batch) < 0.5 * self.flip
         g = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        u, noise, mine = torch.rand(cfg.batch, 2, generator=g), torch.randn(cfg.batch, *self.shape, generator=g), slice(rank, None, world)
+        u, noise, mine = (torch.rand(cfg.batch, 2, generator=g), torch.randn(cfg.batch, *self.shape, generator=g),
+                          slice(rank, None, world))
         return self.pack(numbers[mine], torch.from_numpy(mirrored[mine]), u[mine], noise[mine])
 
     def windows(self, numbers):
-        """For evaluation: a picture's noise depends on its number alone, and its times fill [0, 1) evenly (multiples of the golden ratio)."""
+        """For evaluation: a picture's noise depends on its number alone, and its times fill [0, 1) evenly
+        (multiples of the golden ratio)."""
         n = torch.as_tensor(numbers, dtype=torch.float64)
         u = torch.stack([n * 0.6180339887498949 % 1, torch.ones(len(n))], 1).float()
         noise = torch.stack([torch.randn(self.shape, generator=torch.Generator().manual_seed(int(i))) for i in numbers])
@@ -1129,24 +1165,26 @@ class Images:
 def example(cfg, batch):
     """A batch of the right shapes, for plans and timings."""
     cond = dict(none=torch.zeros(batch).long(), text=torch.randint(32, 127, (batch, cfg.captions))).get(cfg.cond)
-    cond = torch.randint(max(1, cfg.classes), (batch,)) if cond is None else torch.randn(*cond.shape, cfg.features) if cfg.features else cond
+    cond = (torch.randint(max(1, cfg.classes), (batch,)) if cond is None
+            else torch.randn(*cond.shape, cfg.features) if cfg.features else cond)
     x = torch.randn(batch, *Model.noise_shape(cfg))
     return x, cond, torch.rand(batch, 2), torch.randn_like(x)
 
 
 def read_pictures(folder, size):
-    """A folder of pictures -> uint8 (N, size, size, 3), captions (.txt beside a picture, or its name) and labels (its subfolder)."""
+    """A folder of pictures -> uint8 (N, size, size, 3), captions (.txt beside one, or its name), labels (subfolder)."""
     try:
         from PIL import Image
     except ImportError:
         bad(f"--data {folder}: pictures are read with pillow: pip install pillow")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"))
+    paths = sorted(p for p in folder.rglob("*")
+                   if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"))
     if not paths:
         bad(f"--data {folder}: no pictures (.png .jpg .jpeg .webp .bmp .gif) in it, nor train.npz")
     images, captions = [], []
     for p in paths:
         try:
-            with Image.open(p) as im:  # ADM's crop: halve while twice too large, then the shorter side to size, then the centre
+            with Image.open(p) as im:  # ADM's crop: halve while twice too large, the shorter side to size, the centre
                 im = im.convert("RGB")
                 while min(im.size) >= 2 * size:
                     im = im.resize([s // 2 for s in im.size], Image.Resampling.BOX)
@@ -1168,7 +1206,8 @@ def read_npz(path):
         bad(f"--data {path}: cannot be read as .npz ({str(e).splitlines()[0][:100]})")
     images = arrays.get("images", arrays.get("latents"))
     if images is None or images.ndim not in (3, 4) or images.dtype != np.uint8 and images.dtype.kind != "f":
-        bad(f"--data {path}: needs images, uint8 (N, h, w) or (N, h, w, c), or latents as floats (N, c, h, w); it has {', '.join(arrays) or 'nothing'}")
+        bad(f"--data {path}: needs images, uint8 (N, h, w) or (N, h, w, c), or latents as floats (N, c, h, w); "
+            f"it has {', '.join(arrays) or 'nothing'}")
     for k, v in arrays.items():
         if k in ("labels", "groups", "captions", "features", "mask") and len(v) != len(images):
             bad(f"--data {path}: {len(v)} {k} for {len(images)} images")
@@ -1176,13 +1215,15 @@ def read_npz(path):
 
 
 def load_images(cfg, given, tok):
-    """-> (training Images, validation Images, Tokenizer); sets cfg.size, cfg.channels and cfg.classes. tok: a checkpoint's, which must fit."""
+    """-> (training Images, validation Images, Tokenizer); sets cfg.size, cfg.channels and cfg.classes.
+    tok: a checkpoint's, which must fit."""
     check(cfg)
     folder, meta, path = Path(__file__).parent / "data", {}, Path(cfg.data)
     sets = [f.stem for f in folder.glob("*.py") if "NAME, PICTURES = " in f.read_text()]
     if cfg.data == "shapes" and not (folder / "shapes.py").is_file():  # this file alone
         print("!!! no data/ beside this file: drawing shapes; --data takes an .npz or a folder of pictures")
-        parts = {s: dict(zip(("images", "labels", "captions", "names"), draw_shapes(n, cfg.size or 32, k))) for k, (s, n) in enumerate(dict(train=10_000, val=500).items())}
+        parts = {s: dict(zip(("images", "labels", "captions", "names"), draw_shapes(n, cfg.size or 32, k)))
+                 for k, (s, n) in enumerate(dict(train=10_000, val=500).items())}
         meta = dict(names=parts["train"].pop("names"), flip=True)
     else:
         if cfg.data in sets:
@@ -1190,7 +1231,8 @@ def load_images(cfg, given, tok):
             size = ["--size", str(cfg.size)] if cfg.data == "shapes" and cfg.size not in (0, 32) else []
             path = path / str(cfg.size) if size else path
             if not (path / "meta.json").is_file():
-                r = subprocess.run([sys.executable, folder / f"{cfg.data}.py", *size], stderr=subprocess.PIPE, text=True)
+                r = subprocess.run([sys.executable, folder / f"{cfg.data}.py", *size],
+                                   stderr=subprocess.PIPE, text=True)
                 if r.returncode:
                     bad((r.stderr.strip().splitlines() or ["it failed"])[-1] + "; --data shapes needs no network")
         if (path / "train.npz").is_file():
@@ -1203,12 +1245,13 @@ def load_images(cfg, given, tok):
             cut = min(1000, max(1, N // 10))
             if N < 2:
                 bad(f"--data {cfg.data}: {N} pictures; it takes two, one of them for validation")
-            parts = dict(train={k: v[order[cut:]] for k, v in whole.items()}, val={k: v[order[:cut]] for k, v in whole.items()})
+            parts = dict(train={k: v[order[cut:]] for k, v in whole.items()},
+                         val={k: v[order[:cut]] for k, v in whole.items()})
         else:
             bad(f"--data {cfg.data}: no .npz, no folder of pictures, nor one of {', '.join(sorted(sets))}")
     train = parts["train"]["images"]
-    seen = train.shape[1:3] + train.shape[3:] if train.dtype == np.uint8 else train.shape[2:] + train.shape[1:2]  # h, w, c
-    cfg.size, cfg.channels = picture_size(cfg, seen)
+    seen = train.shape[1:3] + train.shape[3:] if train.dtype == np.uint8 else train.shape[2:] + train.shape[1:2]
+    cfg.size, cfg.channels = picture_size(cfg, seen)  # seen: h, w, c
 
     def conditions(part):
         """-> what the model gets of each picture, its mask, and the names of classes."""
@@ -1219,13 +1262,15 @@ def load_images(cfg, given, tok):
             if labels is None:
                 bad(f"--cond class: --data {cfg.data} has no labels; --cond text or none")
             if labels.dtype.kind in "US":
-                names = tok.chars if tok else sorted(set(np.concatenate([p.get("labels", p.get("groups")) for p in parts.values()]).tolist()))
+                names = tok.chars if tok else sorted(set(np.concatenate(
+                    [p.get("labels", p.get("groups")) for p in parts.values()]).tolist()))
                 labels = Tokenizer("class", names).encode(labels.tolist(), 0)
             names = names or [str(i) for i in range(int(labels.max()) + 1)]
             return labels.astype(np.int64), None, names
         if cfg.features:
             if part.get("features") is None or part["features"].shape[1:] != (cfg.captions, cfg.features):
-                bad(f"--features {cfg.features}: --data {cfg.data} must have features (N, {cfg.captions}, {cfg.features}), and mask (N, {cfg.captions})")
+                bad(f"--features {cfg.features}: --data {cfg.data} must have "
+                    f"features (N, {cfg.captions}, {cfg.features}), and mask (N, {cfg.captions})")
             return part["features"], part.get("mask"), []
         captions = part.get("captions")
         if captions is None and labels is not None and labels.dtype.kind in "US":
@@ -1253,10 +1298,11 @@ def load_images(cfg, given, tok):
 def write_png(path, pixels):
     """pixels (h, w, 3) uint8."""
     h, w, _ = pixels.shape
-    rows = np.concatenate([np.zeros((h, 1), np.uint8), pixels.reshape(h, -1)], 1)  # each row begins with its filter, 0: none
+    rows = np.concatenate([np.zeros((h, 1), np.uint8), pixels.reshape(h, -1)], 1)  # before each row its filter, 0: none
     chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
     head = struct.pack(">2I5B", w, h, 8, 2, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows.tobytes())) + chunk(b"IEND", b"")
+    png = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows.tobytes()))
+           + chunk(b"IEND", b""))
     write_file(path, lambda tmp: Path(tmp).write_bytes(png))
 
 
@@ -1298,7 +1344,8 @@ def sample(cfg, model, tok):
     check(cfg)
     if cfg.features and cfg.cond == "text":
         if not cfg.sample.endswith(".npz"):
-            bad(f"--sample {cfg.sample}: this model's captions are another encoder's features; an .npz with features (n, {cfg.captions}, {cfg.features}), and mask")
+            bad(f"--sample {cfg.sample}: this model's captions are another encoder's features; "
+                f"an .npz with features (n, {cfg.captions}, {cfg.features}), and mask")
         try:
             z = np.load(cfg.sample, allow_pickle=False)
             asked, rows = (z["features"], z["mask"] if "mask" in z else None), z["features"]
@@ -1315,12 +1362,13 @@ def sample(cfg, model, tok):
     start, path = time.perf_counter(), f"{cfg.out}/sample.png"
     draw_grid(cfg, model, asked, path)
     n, seconds = len(rows) * cfg.number, time.perf_counter() - start
-    print(f"{path}: {n} pictures, {cfg.number} in a row [{cfg.sample_steps} steps, guidance {cfg.guidance:g}, {seconds:.1f} s]")
+    print(f"{path}: {n} pictures, {cfg.number} in a row "
+          f"[{cfg.sample_steps} steps, guidance {cfg.guidance:g}, {seconds:.1f} s]")
 
 
 load_data = load_images
-TOK = {}  # tokenizers of checkpoints that bring none, as in the language models: here they are made from the number of classes
-SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from, and flags that ask something of it
+TOK = {}  # tokenizers of checkpoints that bring none, as in the language models: here made from the number of classes
+SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from; flags that ask something of it
 ACTIONS = dict(sample=sample)
 
 
@@ -1328,7 +1376,7 @@ ACTIONS = dict(sample=sample)
 
 
 class Tokenizer(Tokenizer):
-    """The same, and kind clip: CLIP's byte-pair words. chars: that tokenizer as JSON, so that a run's tok.json holds all of it."""
+    """The same, and kind clip: CLIP's byte-pair words. chars: that tokenizer as JSON, all of it in a run's tok.json."""
 
     def __init__(self, kind, chars=()):
         super().__init__(kind, chars)
@@ -1352,11 +1400,12 @@ class Tokenizer(Tokenizer):
 
 
 def clip_words(cfg):
-    """CLIP's tokenizer from the tokenizer/ of --init, where there is one: lower case, words and marks apart, merged by byte pairs."""
+    """CLIP's tokenizer from --init's tokenizer/, if any: lower case, words and marks apart, merged by byte pairs."""
     if not cfg.init or cfg.vocab != CLIP or cfg.cond != "text":
         return None
     try:
-        here = Path(cfg.init, "tokenizer") if Path(cfg.init).exists() else find_checkpoint(f"{cfg.init}/tokenizer/vocab.json").parent
+        here = (Path(cfg.init, "tokenizer") if Path(cfg.init).exists()
+                else find_checkpoint(f"{cfg.init}/tokenizer/vocab.json").parent)
         from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
         from tokenizers import Tokenizer as Words
 
@@ -1365,8 +1414,10 @@ def clip_words(cfg):
     except Exception as e:  # the library has its own, for a damaged file as for a missing one
         bad(f"--init {cfg.init}: no usable tokenizer/vocab.json and merges.txt, which captions need ({e})")
     split = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
-    words.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    words.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "),
+                                             normalizers.Lowercase()])
+    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "removed", invert=True),
+                                                   pre_tokenizers.ByteLevel(add_prefix_space=False)])
     words.decoder = decoders.ByteLevel()
     return Tokenizer("clip", words.to_str())
 
