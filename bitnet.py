@@ -1,24 +1,25 @@
 """
-BitNet b1.58: a Transformer whose weights are -1, 0 or 1        Ma et al. 2024, "The Era of 1-bit LLMs: All Large Language Models
-                                                                are in 1.58 Bits", arXiv:2402.17764;  2025, "BitNet b1.58 2B4T
-                                                                Technical Report", arXiv:2504.12285 (this architecture)
+BitNet b1.58: a Transformer whose weights are -1, 0 or 1      Ma et al. 2024, "The Era of 1-bit LLMs: All Large Language
+                                                              Models are in 1.58 Bits", arXiv:2402.17764;
+                                                              2025, "BitNet b1.58 2B4T Technical Report",
+                                                              arXiv:2504.12285 (this architecture)
 
 Special: every matrix in a block is a BitLinear. It trains full-precision master weights W, but multiplies with
     W~ = s clip(round(W / s), -1, 1),   s = mean |W|                one s a matrix                       (eq. 1 to 3)
     x~ = round(a x) / a,                a = 127 / max |x|           8 bits, one a token
-and backward takes both roundings for the identity (straight-through). Such a product needs no multiplications, and once
-trained a weight is log2(3) = 1.58 bits; stored in 2, 1/8 of bf16. Around it a Llama, with two norms more, since quantised
-inputs want to be normed right before:
-    x += O(RMSNorm(attention(rope(Q n), rope(K n), V n))),   n = RMSNorm(x)       H query heads share kv_heads keys and values
-    x += D(RMSNorm(relu(G n)^2 * U n)),                      n = RMSNorm(x)
-    logits = RMSNorm(x) E^T                                  the embedding E, not ternary, is the head
+and backward takes both roundings for the identity (straight-through). Such a product needs no multiplications, and
+once trained a weight is log2(3) = 1.58 bits; stored in 2, 1/8 of bf16. Around it a Llama, with two norms more, since
+quantised inputs want to be normed right before:
+    x += O(RMSNorm(attention(rope(Q n), rope(K n), V n))),  n = RMSNorm(x)  H query heads share kv_heads keys and values
+    x += D(RMSNorm(relu(G n)^2 * U n)),                     n = RMSNorm(x)
+    logits = RMSNorm(x) E^T                                 the embedding E, not ternary, is the head
 
 Run:     python bitnet.py                                     trains on tiny Shakespeare, then prints a sample
          python bitnet.py --bits 16 --out out/twin            the same model without rounding: what ternary costs
-         python bitnet.py --pack                              2-bit weights of out/bitnet (or --init) in Hugging Face's packing
-         python bitnet.py --init out/bitnet/packed --sample "ROMEO:"        generates straight from them: the same tokens
+         python bitnet.py --pack                              out/bitnet (or --init) in 2 bits, Hugging Face's packing
+         python bitnet.py --init out/bitnet/packed --sample "ROMEO:"  generates straight from them: the same tokens
          python bitnet.py --init microsoft/bitnet-b1.58-2B-4T --sample "The Eiffel tower"
-                                                              (packed; ...-2B-4T-bf16 are the master weights, which train on)
+                                                              (packed; the master weights, ...-2B-4T-bf16, train on)
 Expect:  validation losses and minutes are in bench/RESULTS.md, each with its command.
 Alone:   this file needs PyTorch, numpy and safetensors; with kernels/ beside it, it is faster.
 """
@@ -75,7 +76,7 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
         return (x * a).round(), a
 
     def bit_linear(x, g, weights, eps=1e-5):
-        """RMSNorm(x) g, quantised, through several quantised W. v + (v~ - v).detach() is v~, and its gradient is v's."""
+        """RMSNorm(x) g, quantised, through several quantised W. v + (v~ - v).detach() is v~ with the gradient of v."""
         h = rms_norm(x, g, eps).float()
         xq, a = quantize(h.detach())
         h, out = h + (xq / a - h).detach(), []
@@ -85,7 +86,7 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
         return tuple(out)
 
     def pack(wq):
-        """(N, K) -> (N / 4, K) bytes: row r holds Wq + 1 of the rows r, r + N/4, r + 2 N/4, r + 3 N/4, from the lowest bits up."""
+        """(N, K) -> (N / 4, K) bytes: row r holds Wq + 1 of rows r, r + N/4, r + 2N/4, r + 3N/4, lowest bits first."""
         a, b, c, d = (wq + 1).to(torch.uint8).chunk(4)
         return a | b << 2 | c << 4 | d << 6
 
@@ -106,7 +107,7 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and Tq == Tk, enable_gqa=True)
 
     def linear_cross_entropy(x, w, targets, ignore_index=-1):
-        """mean of -log softmax(x w^T)[target]; 2048 rows at a time, and again in backward, so that the logits are never whole."""
+        """mean of -log softmax(x w^T)[target], 2048 rows at a time, again in backward: the logits are never whole."""
         x, targets = x.flatten(0, -2), targets.flatten()
         total = x.new_zeros((), dtype=torch.float32)
         for xs, ts in zip(x.split(2048), targets.split(2048)):
@@ -119,7 +120,7 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
     def rms_norm(x, w, eps=1e-6):
         return F.rms_norm(x, w.shape, w, eps)
 
-    def rope(x, cos, sin):  # x (B, T, H, D): the pairs (x_j, x_{j + D/2}) turned by their position's angle; cos, sin (T, D/2)
+    def rope(x, cos, sin):  # x (B, T, H, D): pairs (x_j, x_{j + D/2}) turned by the position's angle; cos, sin (T, D/2)
         (a, b), cos, sin = x.chunk(2, -1), cos[:, None], sin[:, None]
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
@@ -135,7 +136,7 @@ class Config:
     seq: int = 2048  # context length T
     vocab: int = 0  # rows of the embedding; 0: as many as the tokenizer has
     theta: float = 500000.0  # base of the rotary angles
-    bits: int = 2  # of a weight in a block: 2 (ternary, and 8-bit activations) | 16 (the full-precision twin: nothing is rounded)
+    bits: int = 2  # of a weight in a block: 2 (ternary; 8-bit activations) | 16 (the full-precision twin, unrounded)
     # the run
     preset: str = ""  # sizes and schedule together; default: cpu without a GPU, gpu with one
     data: str = "shakespeare"  # name in data/, .txt or .jsonl file, folder or glob of token shards (nanoGPT's, llm.c's)
@@ -170,19 +171,21 @@ class Config:
     top_p: float = 1.0  # draw from the most likely that make up this probability
 
 
-# The published runs of b1.58 ("Training Tips, Code and FAQ": 100B tokens, about 0.5M a step here), in this file's architecture
-B158 = dict(seq=2048, tok="gpt2", data="openwebtext", steps=200_000, warmup=375, lr2=2 / 3, eval_every=1000, ckpt=True, optim="adamw8bit")
+# The published runs of b1.58 ("Training Tips, Code and FAQ": 100B tokens, here about 0.5M a step) in this architecture
+B158 = dict(seq=2048, tok="gpt2", data="openwebtext",
+            steps=200_000, warmup=375, lr2=2 / 3, eval_every=1000, ckpt=True, optim="adamw8bit")
 PRESETS = {
     # about two minutes on two cores; what else was tried is in bench/RESULTS.md
-    "cpu": dict(layers=4, heads=3, kv_heads=1, dim=96, seq=128, batch=16, steps=900, lr=1e-2, optim="muon", eval_every=450),
+    "cpu": dict(layers=4, heads=3, kv_heads=1, dim=96, seq=128,
+                batch=16, steps=900, lr=1e-2, optim="muon", eval_every=450),
     # characters, for one 12 GB GPU
     "gpu": dict(layers=6, heads=6, kv_heads=2, dim=384, seq=256, batch=64, steps=5000, lr=3e-3, warmup=100),
     "700M": dict(layers=24, heads=24, kv_heads=24, dim=1536, ffn_dim=4096, batch=4, accum=60, lr=1.5e-3, **B158),
     "1.3B": dict(layers=24, heads=32, kv_heads=32, dim=2048, ffn_dim=5460, batch=2, accum=120, lr=1.2e-3, **B158),
     "3B": dict(layers=26, heads=32, kv_heads=32, dim=3200, ffn_dim=8640, batch=1, accum=240, lr=1.2e-3, **B158),
     # BitNet b1.58 2B4T: microsoft/bitnet-b1.58-2B-4T
-    "2B": dict(layers=30, heads=20, kv_heads=5, dim=2560, ffn_dim=6912, vocab=128256, batch=1, accum=120, lr=1.2e-3,
-               **B158 | dict(seq=4096)),
+    "2B": dict(layers=30, heads=20, kv_heads=5, dim=2560, ffn_dim=6912, vocab=128256,
+               batch=1, accum=120, lr=1.2e-3, **B158 | dict(seq=4096)),
 }  # fmt: skip
 EPS = 1e-5
 
@@ -196,7 +199,7 @@ class RMSNorm(nn.Module):
 
 
 class BitLinear(nn.Module):
-    """W (n_out, n_in): the master weights; or, after pack(), bytes (n_out / 4, n_in) and s, as on the hub. project() multiplies."""
+    """W (n_out, n_in): master weights, or after pack() bytes (n_out / 4, n_in) and s, as on the hub; see project()."""
 
     def __init__(self, n_in, n_out):
         super().__init__()
@@ -280,7 +283,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """BitNet b1.58 with the parameter names of microsoft/bitnet-b1.58-2B-4T on the Hugging Face hub (head tied to the embedding)."""
+    """BitNet b1.58 with the parameter names of microsoft/bitnet-b1.58-2B-4T on the hub (head tied to the embedding)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -309,17 +312,17 @@ class Model(nn.Module):
         return {name: m for name, m in self.named_modules() if isinstance(m, BitLinear)}
 
     def blocks(self, tokens, caches=None, t=0):
-        """tokens (B, T) at positions t..t+T-1 -> the normed residual stream (B, T, C). With caches: inference, from packed weights."""
+        """tokens (B, T) at positions t..t+T-1 -> the normed residual stream (B, T, C)."""
         c = self.cfg
         D, at = c.dim // c.heads, torch.arange(t, t + tokens.shape[1], dtype=torch.float32, device=tokens.device)
-        angle = at[:, None] * c.theta ** (-torch.arange(0, D, 2, dtype=torch.float32, device=tokens.device) / D)  # (T, D / 2)
-        cos, sin = angle.cos(), angle.sin()
+        angle = at[:, None] * c.theta ** (-torch.arange(0, D, 2, dtype=torch.float32, device=tokens.device) / D)
+        cos, sin = angle.cos(), angle.sin()  # (T, D / 2)
         x = F.embedding(tokens, self.model.embed_tokens.weight).float()  # (B, T, C)
         for i, block in enumerate(self.model.layers):
             if c.ckpt and self.training and caches is None:
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
             else:
-                x = block(x, cos, sin, None if caches is None else caches[i], t)
+                x = block(x, cos, sin, None if caches is None else caches[i], t)  # caches: inference, packed weights
         return rms_norm(x, self.model.norm.weight, EPS)
 
     def head(self, x):
@@ -332,8 +335,8 @@ class Model(nn.Module):
         return self.head(x) if targets is None else linear_cross_entropy(x, self.model.embed_tokens.weight, targets)
 
     def init_state(self, batch):
-        """An empty cache (L, 2, B, Hkv, room, D) that doubles when it is full, and the number of tokens in it. Master weights are
-        quantised here: step() multiplies with their packed form."""
+        """An empty cache (L, 2, B, Hkv, room, D) that doubles when it is full, and the number of tokens in it. Master
+        weights are quantised here: step() multiplies with their packed form."""
         c, D = self.cfg, self.cfg.dim // self.cfg.heads
         for f in self.bit_linears().values() if c.bits == 2 else ():
             f.quantize()
@@ -373,22 +376,24 @@ class Model(nn.Module):
         return any(f.weight.dtype == torch.uint8 for f in self.bit_linears().values())
 
     def hf_config(self):
-        """config.json as transformers' BitNetForCausalLM reads it; without a quantization_config it is the full-precision twin."""
+        """config.json as transformers' BitNetForCausalLM reads it; the full-precision twin: no quantization_config."""
         c = self.cfg
-        how = dict(quant_method="bitnet", linear_class="autobitlinear", quantization_mode="offline" if self.is_packed() else "online",
+        how = dict(quant_method="bitnet", linear_class="autobitlinear",
+                   quantization_mode="offline" if self.is_packed() else "online",
                    modules_to_not_convert=["lm_head"], use_rms_norm=False)  # fmt: skip
         config = dict(
-            model_type="bitnet", architectures=["BitNetForCausalLM"], num_hidden_layers=c.layers, num_attention_heads=c.heads,
-            num_key_value_heads=c.kv_heads, hidden_size=c.dim, intermediate_size=c.ffn_dim, vocab_size=c.vocab,
-            max_position_embeddings=c.seq, rms_norm_eps=EPS, rope_theta=c.theta, rope_parameters=dict(rope_theta=c.theta, rope_type="default"),
-            hidden_act="relu2", attention_bias=False, tie_word_embeddings=True, initializer_range=0.02, bos_token_id=None, eos_token_id=None,
+            model_type="bitnet", architectures=["BitNetForCausalLM"], num_hidden_layers=c.layers,
+            num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, hidden_size=c.dim, intermediate_size=c.ffn_dim,
+            vocab_size=c.vocab, max_position_embeddings=c.seq, rms_norm_eps=EPS, rope_theta=c.theta,
+            rope_parameters=dict(rope_theta=c.theta, rope_type="default"), hidden_act="relu2", attention_bias=False,
+            tie_word_embeddings=True, initializer_range=0.02, bos_token_id=None, eos_token_id=None,
             dtype=str(self.model.embed_tokens.weight.dtype).removeprefix("torch."),
         )  # fmt: skip
         return config | (dict(quantization_config=how) if c.bits == 2 else {})
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
-        """source: a folder or hub name with master weights or packed ones (packed: inference only); overrides: Config fields."""
+        """source: a folder or hub name, master weights or packed ones (inference only); overrides: Config fields."""
         path = find_checkpoint(source)
         config, tensors = read_checkpoint(path)
         if config.get("model_type") != "bitnet":
@@ -400,13 +405,15 @@ class Model(nn.Module):
             if config.get(key, value) != value:
                 bad(f"{path}: {key} = {config[key]!r} in config.json; BitNet b1.58 2B4T has {value!r}")
         if rope_type != "default" or (how or {}).get("use_rms_norm"):
-            bad(f"{path}: scaled rotary angles or norms inside the layers (use_rms_norm) in config.json; BitNet b1.58 2B4T has none")
+            bad(f"{path}: scaled rotary angles or norms inside the layers (use_rms_norm) in config.json; "
+                "BitNet b1.58 2B4T has none")
         try:
             cfg = Config(
-                layers=config["num_hidden_layers"], heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"],
-                dim=config["hidden_size"], ffn_dim=config["intermediate_size"], seq=config["max_position_embeddings"],
-                vocab=config["vocab_size"], bits=2 if how else 16,
-                theta=float(config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta", 500000.0)),
+                layers=config["num_hidden_layers"], heads=config["num_attention_heads"],
+                kv_heads=config["num_key_value_heads"], dim=config["hidden_size"], ffn_dim=config["intermediate_size"],
+                seq=config["max_position_embeddings"], vocab=config["vocab_size"], bits=2 if how else 16,
+                theta=float(config.get("rope_theta")
+                            or (config.get("rope_parameters") or {}).get("rope_theta", 500000.0)),
             )  # fmt: skip
         except KeyError as e:
             bad(f"{path}: config.json has no {e}, so this is no BitNet")
@@ -417,14 +424,16 @@ class Model(nn.Module):
         packed = any(k.endswith(".weight_scale") for k in tensors)
         if packed and cfg.bits == 16:
             bad(f"--bits 16: the weights in {path} are packed, their full precision is lost")
-        dtype = tensors["model.embed_tokens.weight"].dtype if packed and "model.embed_tokens.weight" in tensors else torch.float32
+        dtype = (tensors["model.embed_tokens.weight"].dtype if packed and "model.embed_tokens.weight" in tensors
+                 else torch.float32)
         for p in model.parameters():
             p.data = p.data.to(dtype)
         if packed:
             model.pack()
             for k in tensors:  # transformers' other class of layer, bitlinear, divides by the scale that it stores
                 if k.endswith(".weight_scale"):
-                    tensors[k] = tensors[k].float() if how.get("linear_class") == "autobitlinear" else 1 / tensors[k].float()
+                    tensors[k] = (tensors[k].float() if how.get("linear_class") == "autobitlinear"
+                                  else 1 / tensors[k].float())
         load_strict(model.to_empty(device="cpu"), tensors, path)
         end = config.get("eos_token_id")
         model.stop = set(end if isinstance(end, list) else [end]) - {None}
@@ -461,7 +470,7 @@ def flag(name):
 
 
 def parse(argv=None):
-    """The flags are the fields of Config, their help the comments there. Returns (the preset's values, the flags given)."""
+    """The flags are Config's fields, their help the comments there. -> (the preset's values, the flags given)."""
     notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(Config), re.M))
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     p.error = bad
@@ -488,13 +497,15 @@ def parse(argv=None):
 
 # ----- data (shared) -----
 class Tokenizer:
-    """encode: str -> array of ids, decode: ids -> str. kind: char | byte | gpt2 | a tokenizer.json, or its hub name | a RWKV vocabulary."""
+    """encode: str -> array of ids, decode: ids -> str.
+    kind: char | byte | gpt2 | a tokenizer.json, or its hub name | a RWKV vocabulary."""
 
     def __init__(self, kind, chars=""):
         self.kind, self.chars = kind, chars  # chars: the sorted characters of kind char; an id is a place among them
         try:
             if kind == "char":
-                self.vocab, self.encode, self.decode = len(chars), self.places, lambda ids: "".join(chars[i] for i in ids)
+                self.vocab, self.encode, self.decode = (len(chars), self.places,
+                                                        lambda ids: "".join(chars[i] for i in ids))
             elif kind == "byte":
                 self.vocab, self.encode = 256, lambda text: np.frombuffer(text.encode(), np.uint8)
                 self.decode = lambda ids: bytes(ids).decode(errors="replace")
@@ -507,7 +518,8 @@ class Tokenizer:
             elif kind.endswith(".json") or re.fullmatch(r"[\w.-]+/[\w.-]+", kind) and not Path(kind).exists():
                 import tokenizers
 
-                hf = (tokenizers.Tokenizer.from_file if kind.endswith(".json") else tokenizers.Tokenizer.from_pretrained)(kind)
+                hf = (tokenizers.Tokenizer.from_file if kind.endswith(".json")
+                      else tokenizers.Tokenizer.from_pretrained)(kind)
                 self.vocab, self.decode = hf.get_vocab_size(), hf.decode
                 self.encode = lambda text: np.array(hf.encode(text, add_special_tokens=False).ids, np.int64)
             elif Path(kind).is_file():  # RWKV: each line is an id, the token as a Python literal, and its length
@@ -526,7 +538,8 @@ class Tokenizer:
         known, codes = np.array([ord(c) for c in self.chars]), np.frombuffer(text.encode("utf-32-le"), "<u4")
         ids = np.searchsorted(known, codes).clip(max=len(known) - 1)
         if (wrong := codes[known[ids] != codes]).size:
-            bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); --tok byte knows every text")
+            bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); "
+                "--tok byte knows every text")
         return ids
 
     def longest(self, text):  # greedy: the longest word that the text goes on with
@@ -539,7 +552,7 @@ class Tokenizer:
 
 
 class Stream:
-    """The tokens of one split: shards end to end. A window of seq + 1 tokens never crosses from one shard into the next."""
+    """The tokens of one split: shards end to end. A window of seq + 1 tokens never crosses the end of a shard."""
 
     def __init__(self, shards, cfg, name):
         self.shards = [s for s in shards if len(s) > cfg.seq]
@@ -547,7 +560,8 @@ class Stream:
         if not self.shards:
             bad(f"--seq {cfg.seq}: {self.name} has only {max(map(len, shards), default=0):,} tokens in a piece")
         self.seq, self.vocab, self.tokens = cfg.seq, cfg.vocab, sum(map(len, shards))
-        self.first = np.cumsum([0] + [len(s) - cfg.seq for s in self.shards])  # number of each shard's first window, and of all
+        # the number of each shard's first window, and at the end that of all windows
+        self.first = np.cumsum([0] + [len(s) - cfg.seq for s in self.shards])
 
     def windows(self, numbers):
         """Window numbers (n) -> inputs and targets (n, seq) int64; a target is the token after its input."""
@@ -557,7 +571,8 @@ class Stream:
             rows.append(self.shards[s][i - self.first[s] :][: self.seq + 1])
         w = torch.from_numpy(np.stack(rows).astype(np.int64))
         if w.max() >= self.vocab:
-            bad(f"{self.name}: token id {w.max()} is outside the vocabulary of {self.vocab}; --tok must be the data's own")
+            bad(f"{self.name}: token id {w.max()} is outside the vocabulary of {self.vocab}; "
+                "--tok must be the data's own")
         return w[:, :-1].contiguous(), w[:, 1:].contiguous()
 
     def batch(self, cfg, step, micro, rank, world):
@@ -577,7 +592,7 @@ class Stream:
 
 
 def shard(path):
-    """Memory-mapped tokens of nanoGPT's .bin (no header, uint16, uint32 above 65,536 words) or llm.c's (header of 1024 bytes)."""
+    """nanoGPT's .bin (no header, uint16, uint32 above 65,536 words) or llm.c's (1024-byte header) -> mapped tokens."""
     head = np.fromfile(path, "<i4", 256)
     if len(head) == 256 and head[0] in (20240520, 20240801):
         tokens = np.memmap(path, "<u2" if head[0] == 20240520 else "<u4", "r", offset=1024)
@@ -597,7 +612,7 @@ class PlainPickle(pickle.Unpickler):
 
 
 def prepared(cfg, given, tok):
-    """The folder of a set in data/, made by data/<name>.py the first time. Without a network stdlib stands in for the default."""
+    """The folder of a set in data/, made once by data/<name>.py. Without a network stdlib stands in for the default."""
     script = Path(__file__).parent / "data" / f"{cfg.data}.py"
     kind = cfg.tok or re.search(r'^NAME, TOK = "\w+", "(\w+)"', script.read_text(), re.M).group(1)
     folder = script.with_suffix("") / kind
@@ -614,11 +629,12 @@ def prepared(cfg, given, tok):
 
 
 def load_text(cfg, given, tok):
-    """-> (training Stream, validation Stream, Tokenizer); sets cfg.tok and cfg.vocab. tok: a checkpoint's, which must fit."""
+    """-> training and validation Stream, Tokenizer; sets cfg.tok and cfg.vocab. tok: a checkpoint's, which must fit."""
     folder, text = Path(__file__).parent / "data", None
     cfg.tok = cfg.tok or (tok.kind if tok else "")
     if not folder.is_dir() and cfg.data in ("shakespeare", "stdlib") and "data" not in given:  # this file alone
-        print("!!! no data/ beside this file: training on the source of Python's own library; --data my.txt for your text")
+        print("!!! no data/ beside this file: training on the source of Python's own library; "
+              "--data my.txt for your text")
         root = Path(sysconfig.get_paths()["stdlib"])
         text = "\n".join(f.read_text(errors="replace") for f in sorted([*root.glob("*.py"), *root.glob("*/*.py")]))
         cfg.data, cfg.tok = "stdlib", "byte"
@@ -644,7 +660,8 @@ def load_text(cfg, given, tok):
         files = [f for f in files if f.suffix == ".bin"]
         if not files:
             names = ", ".join(sorted(texts))
-            bad(f"--data {cfg.data}: no .txt, .jsonl, folder or glob of .bin shards" + (f", nor one of {names}" if names else ""))
+            bad(f"--data {cfg.data}: no .txt, .jsonl, folder or glob of .bin shards"
+                + (f", nor one of {names}" if names else ""))
         meta, old = files[0].parent / "meta.json", files[0].parent / "meta.pkl"
         kind, chars = cfg.tok or "gpt2", ""
         try:
@@ -657,10 +674,12 @@ def load_text(cfg, given, tok):
         except Exception as e:  # JSON and pickle have many
             bad(f"{files[0].parent}: meta.json or meta.pkl is damaged ({e})")
         if tok and (tok.kind, tok.chars) != (kind, chars) or cfg.tok and cfg.tok != kind:
-            bad(f"--data {cfg.data}: its tokens are {kind}, but {tok.kind if tok else cfg.tok} is asked for, or other characters")
+            bad(f"--data {cfg.data}: its tokens are {kind}, but {tok.kind if tok else cfg.tok} is asked for, "
+                "or other characters")
         cfg.tok, tok = kind, tok or Tokenizer(kind, chars)
         val = [f for f in files if "val" in f.name]
-        parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name], val=[shard(f) for f in val])
+        parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name],
+                     val=[shard(f) for f in val])
         if not val:  # shards without a split: the last tenth of the last one
             *rest, last = parts["train"]
             parts = dict(train=[*rest, last[: len(last) * 9 // 10]], val=[last[len(last) * 9 // 10 :]])
@@ -682,8 +701,8 @@ load_data = load_text
 
 # ----- schedule: of this file, since ternary weights learn by a rule of their own (two stages) -----
 def schedule(step, cfg):
-    """-> factors of --lr and --wd: warm-up, then linearly toward 0 at the end, and from half way on times lr2, without decay.
-    (Ternary weights bear, and want, a high rate; a lower one and no decay then let them settle: "Training Tips" of b1.58.)"""
+    """-> factors of --lr and --wd: warm-up, then linearly to 0 at the end; from half way on times lr2, without decay.
+    (Ternary weights bear and want a high rate; a lower one and no decay let them settle: b1.58's "Training Tips".)"""
     late = step >= cfg.steps / 2
     lr = min((step + 1) / (cfg.warmup + 1), 1 - step / cfg.steps)
     return lr * (cfg.lr2 if late else 1.0), float(not late)
@@ -694,10 +713,11 @@ def schedule(step, cfg):
 
 # ----- optimizer (shared) -----
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step, 0.2 sqrt(max(m, n)) (Liu et al. 2025, arXiv:2502.16982).
+    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step (Liu et al. 2025, arXiv:2502.16982).
 
-    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1. torch.optim.Muon
-    does it in bf16, which a CPU without bf16 units does at 1/100 of its speed; here in fp32 there, matrices of a shape at once.
+    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1; a step is
+    0.2 sqrt(max(m, n)) X. torch.optim.Muon iterates in bf16, which a CPU without bf16 units does at 1/100 of its
+    speed; here in fp32 there, matrices of a shape at once.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -712,10 +732,10 @@ class Muon(torch.optim.Optimizer):
                     shapes.setdefault(p.shape, []).append(p)
                     self.state[p].setdefault("momentum", torch.zeros_like(p))
             for shape, ps in shapes.items():
-                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row makes a channel
+                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row a channel
                 grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
                 torch._foreach_lerp_(M, grads, 1 - group["momentum"])
-                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov's look ahead
+                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov momentum
                 X = X.bfloat16() if X.is_cuda else X
                 X = X.mT if m > n else X
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -724,7 +744,8 @@ class Muon(torch.optim.Optimizer):
                     X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
                 X = X.mT if m > n else X
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
+                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)),
+                                    alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
 
 
 def make_optimizers(model, cfg):
@@ -758,7 +779,7 @@ def swap(optimizers):
 
 
 def set_lr(optimizers, step, cfg):
-    """lr and weight decay of this step: what the groups began with, times schedule(); a group's lr_scale multiplies its lr."""
+    """lr and weight decay of this step: the initial ones times schedule(); a group's lr_scale multiplies its lr."""
     lr, wd = schedule(step, cfg)
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"], group["weight_decay"] = cfg.lr * lr * group["lr_scale"], group["wd"] * wd
@@ -770,7 +791,7 @@ def set_lr(optimizers, step, cfg):
 
 # ----- checkpoint (shared) -----
 def write_file(path, write):
-    """write(a temporary path), onto the disk, rename: at any instant path is the whole old file or the whole new one."""
+    """write(a temporary path), onto the disk, rename: at any instant path is the whole old or the whole new file."""
     tmp = f"{path}.tmp"
     write(tmp)
     with open(tmp, "rb") as f:
@@ -784,11 +805,12 @@ def write_weights(folder, tensors, config, name="model", new="", step=None):
     config_name = "adapter_config.json" if name == "adapter_model" else "config.json"
     write_file(f"{folder}/{config_name}", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
     tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
-    write_file(f"{folder}/{name}.safetensors{new}", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
+    write_file(f"{folder}/{name}.safetensors{new}",
+               lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
 
 
 def find_checkpoint(source):
-    """A folder, a file, or a model's name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
+    """A folder, a file, or a name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
     if Path(source).exists():
         return Path(source)
     try:
@@ -797,13 +819,15 @@ def find_checkpoint(source):
         if len(parts := source.split("/")) > 2:
             return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
         path = Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
-        return path if [*path.glob("*.safetensors")] else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"]))
+        return (path if [*path.glob("*.safetensors")]
+                else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"])))
     except Exception as e:  # no such name, no network, no library
-        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); a hub name is owner/name")
+        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); "
+            "a hub name is owner/name")
 
 
 def read_checkpoint(path):
-    """A folder, or a weights file in one -> (config.json as a dict, tensors by name). Only plain tensors are ever unpickled."""
+    """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
     folder = path if path.is_dir() else path.parent
     try:
         config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
@@ -812,10 +836,12 @@ def read_checkpoint(path):
         elif index.is_file():
             files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         else:
-            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file() else "pytorch_model.bin")]
+            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file()
+                               else "pytorch_model.bin")]
         tensors = {}
         for f in files:
-            tensors |= load_file(f) if f.suffix == ".safetensors" else torch.load(f, map_location="cpu", weights_only=True)
+            tensors |= (load_file(f) if f.suffix == ".safetensors"
+                        else torch.load(f, map_location="cpu", weights_only=True))
         return config, tensors
     except FileNotFoundError as e:
         bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
@@ -842,7 +868,8 @@ def sharded(cfg):
 
 
 def save(cfg, model, optimizers, tok, step, best):
-    """The run's folder. Both large files are whole on the disk before the first rename, which decides (load_run ends the second)."""
+    """The run's folder. Both large files are whole on the disk before the first rename, which decides
+    (load_run ends the second)."""
     weights, states = model.state_dict, [o.state_dict for o in optimizers]
     if cfg.fsdp:
         D, how = sharded(cfg)
@@ -867,7 +894,7 @@ def load_run(out):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for new in Path(out).rglob("*.safetensors.new"):
-            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of train_state.pt's step here
+            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of state's step here
                 if f.metadata()["step"] == str(state["step"]):
                     os.replace(new, new.with_suffix(""))
         return state
@@ -903,7 +930,7 @@ def pick_device(cfg):
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    elif sys.platform == "linux":  # glibc: keep freed memory for the next step instead of returning its pages, 4 to 8% of a step
+    elif sys.platform == "linux":  # glibc: keep freed pages for the next step, which saves 4 to 8% of it
         ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
     if "RANK" in os.environ:
@@ -912,7 +939,7 @@ def pick_device(cfg):
 
 
 def bf16_pays(device, model, batch):
-    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if they are faster, a whole micro-step."""
+    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if faster, a whole micro-step."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False), "auto"
 
@@ -936,7 +963,7 @@ def bf16_pays(device, model, batch):
 
 @torch.no_grad()
 def evaluate(model, stream, cfg, device, cast):
-    """Mean loss over the split's fixed windows. Every process does them all, so that the number does not depend on how many."""
+    """Mean loss over the split's fixed windows. Every process does them all, so it does not depend on how many."""
     model.eval()
     total, numbers = 0.0, stream.fixed(cfg)
     for i in range(0, len(numbers), cfg.batch):
@@ -948,7 +975,7 @@ def evaluate(model, stream, cfg, device, cast):
 
 
 def train(cfg, given, model, tok, state):
-    """model, tok: from a checkpoint, or None; state: load_run()'s of the run that goes on, or None. Returns the last val loss."""
+    """model, tok: of a checkpoint, or None; state: load_run()'s of the run that goes on, or None. -> last val loss."""
     device, rank, world = pick_device(cfg)
     say = print if rank == 0 else lambda *a, **k: None
     if rank:
@@ -984,7 +1011,8 @@ def train(cfg, given, model, tok, state):
     step, best, val, rows = 0, math.inf, None, []
     if state:
         step, best, val = state["step"], state["best"], None
-        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline="")) if r and r[0].isdigit() and int(r[0]) <= step]
+        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline=""))
+                if r and r[0].isdigit() and int(r[0]) <= step]
         for o, s in zip(optimizers, state["optimizers"]):
             if cfg.fsdp:
                 D, how = sharded(cfg)
@@ -999,10 +1027,13 @@ def train(cfg, given, model, tok, state):
     per_step, params = cfg.batch * cfg.accum * seq, [p for p in model.parameters() if p.requires_grad]
     ops = sys.modules.get("kernels.norm")
     form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
-    about = train_data.about() if unit != "token" else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}"
+    about = (train_data.about() if unit != "token"
+             else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}")
     say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {about}")
-    say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | {cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
-    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | {form}{' | compiled' * cfg.compile}")
+    say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | "
+        f"{cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
+    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | "
+        f"{form}{' | compiled' * cfg.compile}")
 
     log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
     log.writerows([("step", f"{unit}s", "seconds", "loss", "val", "lr", "norm", f"{unit[:3]}_s"), *rows])
@@ -1042,7 +1073,8 @@ def train(cfg, given, model, tok, state):
         if not (due or step % cfg.log_every == 0 or step == begun + 1 or device.type == "cpu"):
             continue  # from here on the GPU is waited for
         if wrong.item() >= 0:
-            good = "no checkpoint yet" if saved is None else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})"
+            good = ("no checkpoint yet" if saved is None
+                    else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})")
             bad(f"step {wrong.item()}: the loss is not finite; {good}; a smaller --lr helps")
         if due:
             swap(optimizers)
@@ -1061,7 +1093,8 @@ def train(cfg, given, model, tok, state):
             left = (now - start) / (step - begun) * (cfg.steps - step)
             peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mb()
             v = repr(val) if due and not halt else ""
-            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr, repr(norm.item()), f"{speed:.0f}"))
+            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr,
+                          repr(norm.item()), f"{speed:.0f}"))
             shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
             say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
                 f"{speed:,.0f} {unit[:3]}/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
@@ -1069,11 +1102,12 @@ def train(cfg, given, model, tok, state):
         say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
     else:
         swap(optimizers)
-        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended before has none yet
-        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, after {before + time.perf_counter() - start:.0f} s of training")
+        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended has none yet
+        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, "
+            f"after {before + time.perf_counter() - start:.0f} s of training")
         if not cfg.fsdp and rank == 0:
             show(cfg, model, tok, val_data.start())
-        say(f"the weights, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample \"...\"")
+        say(f'the weights, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample "..."')
     if "RANK" in os.environ:
         dist.destroy_process_group()
     return val
@@ -1108,7 +1142,7 @@ def generate(model, tokens, cfg):
     model.eval()
     generator = torch.Generator(tokens.device).manual_seed(cfg.seed)
     limit = model.context or math.inf  # a recurrent model has none
-    seen, new, held, state, stop = tokens, tokens, 0, model.init_state(1), getattr(model, "stop", ())  # ids that end an answer
+    seen, new, held, state, stop = tokens, tokens, 0, model.init_state(1), getattr(model, "stop", ())  # end-of-text ids
     for _ in range(cfg.tokens):
         if held + new.shape[1] > limit:  # the context is full: begin again with its later half
             held, new, state = 0, seen[:, -max(1, limit // 2) :], model.init_state(1)
@@ -1145,7 +1179,7 @@ def sample(cfg, model, tok):
     show(cfg, model, tok, tok.encode(cfg.sample))
 
 
-SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from, and flags that ask something of it
+SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from; flags that ask something of it
 ACTIONS = dict(sample=sample)
 
 
@@ -1157,7 +1191,8 @@ def packed_bytes(model):
     """-> a line of what the ternary weights take, and what else there is."""
     held = [t.nbytes for f in model.bit_linears().values() for t in f.packed()]
     bf16 = sum(8 * f.weight.numel() for f in model.bit_linears().values())
-    return f"ternary weights: {sum(held):,} bytes, 1/{bf16 / sum(held):.2f} of bf16; embedding and norms: {sum(p.nbytes for p in model.parameters()):,} bytes"
+    return (f"ternary weights: {sum(held):,} bytes, 1/{bf16 / sum(held):.2f} of bf16; "
+            f"embedding and norms: {sum(p.nbytes for p in model.parameters()):,} bytes")
 
 
 def write_packed(cfg, model, tok):
@@ -1172,9 +1207,11 @@ def write_packed(cfg, model, tok):
     except OSError as e:
         bad(f"--out {cfg.out}: {e.strerror}")
     if tok:
-        write_file(f"{folder}/tok.json", lambda tmp: Path(tmp).write_text(json.dumps(dict(tok=tok.kind, chars=tok.chars))))
+        write_file(f"{folder}/tok.json",
+                   lambda tmp: Path(tmp).write_text(json.dumps(dict(tok=tok.kind, chars=tok.chars))))
     size = Path(folder, "model.safetensors").stat().st_size
-    print(f"{packed_bytes(model)}\n{folder}/model.safetensors: {size:,} bytes; python {ME}.py --init {folder} --sample \"...\"")
+    print(f"{packed_bytes(model)}\n{folder}/model.safetensors: {size:,} bytes; "
+          f'python {ME}.py --init {folder} --sample "..."')
 
 
 def sample_packed(cfg, model, tok):
@@ -1197,15 +1234,18 @@ def main(argv=None):
     if given.get("resume") or action and not origin:
         state, wanted = load_run(out), "resume" if given.get("resume") else action
         if origin or state is None and (wanted == "resume" or not Path(out, "config.json").is_file()):
-            reason = f"{flag(origin)} starts another run: one of the two" if origin else f"no run in {out}; --out names its folder"
+            reason = (f"{flag(origin)} starts another run: one of the two" if origin
+                      else f"no run in {out}; --out names its folder")
             bad(f"{flag(wanted)}: {reason}")
-        kept = {k: v for k, v in (state or {}).get("config", {}).items() if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
+        kept = {k: v for k, v in (state or {}).get("config", {}).items()
+                if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
         origin, source, preset = "init", out, preset | kept | dict(out=out)
     else:
         origin = origin or next((k for k in SOURCES if preset.get(k)), None)
         source = (preset | given).get(origin)
     if source:
-        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items() if k not in SOURCES and (k in given or k not in SIZES)})
+        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items()
+                                           if k not in SOURCES and (k in given or k not in SIZES)})
         source = source if isinstance(source, str) else source[0]
         tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), getattr(model.cfg, "vocab", 0))
         preset |= {k: getattr(model.cfg, k) for k in SIZES}

@@ -1,18 +1,18 @@
 """
-GPT-2: a decoder-only Transformer                    Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
-                                                     (blocks of Vaswani et al. 2017, arXiv:1706.03762v7, with the norm first)
+GPT-2: a decoder-only Transformer           Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
+                                            (blocks of Vaswani et al. 2017, arXiv:1706.03762v7, with the norm first)
 
 Special: nothing. Every token looks back at every earlier one, and this is the file that the others are compared with.
-    x_0     = wte[token] + wpe[position]                        learned positions, so at most `seq` of them
-    x      += Attention(LayerNorm(x))                           softmax(q k^T / sqrt(D) + causal mask) v, H heads of size D
-    x      += MLP(LayerNorm(x))                                 gelu_tanh(x W + b) W' + b', four times as wide inside
-    logits  = LayerNorm(x) wte^T                                the head is the embedding
+    x_0     = wte[token] + wpe[position]    learned positions, so at most `seq` of them
+    x      += Attention(LayerNorm(x))       softmax(q k^T / sqrt(D) + causal mask) v, H heads of size D
+    x      += MLP(LayerNorm(x))             gelu_tanh(x W + b) W' + b', four times as wide inside
+    logits  = LayerNorm(x) wte^T            the head is the embedding
 
 Run:     python gpt2.py                                         trains on tiny Shakespeare, then prints a sample
          python gpt2.py --data my.txt --layers 6 --dim 384      on your own text, larger
          python gpt2.py --sample "ROMEO:"                       from out/gpt2
-         python gpt2.py --init gpt2 --sample "The Eiffel tower" from OpenAI's weights (any Hugging Face GPT-2 folder or name,
-                                                                or llm.c's gpt2_124M.bin)
+         python gpt2.py --init gpt2 --sample "The Eiffel tower" from OpenAI's weights (any Hugging Face GPT-2 folder or
+                                                                name, or llm.c's gpt2_124M.bin)
          torchrun --nproc_per_node=2 gpt2.py                    the same run on two GPUs
 Expect:  validation losses and minutes are in bench/RESULTS.md, each with its command.
 Alone:   this file needs PyTorch, numpy and safetensors; with kernels/ beside it, it is faster.
@@ -63,7 +63,7 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and Tq == Tk)
 
     def linear_cross_entropy(x, w, targets, ignore_index=-1):
-        """mean of -log softmax(x w^T)[target]; 2048 rows at a time, and again in backward, so that the logits are never whole."""
+        """mean of -log softmax(x w^T)[target], 2048 rows at a time, again in backward: the logits are never whole."""
         x, targets = x.flatten(0, -2), targets.flatten()
         total = x.new_zeros((), dtype=torch.float32)
         for xs, ts in zip(x.split(2048), targets.split(2048)):
@@ -127,20 +127,23 @@ class Config:
     top_p: float = 1.0  # draw from the most likely that make up this probability
 
 
-GPT2 = dict(seq=1024, vocab=50257, tok="gpt2", data="openwebtext", steps=600_000, warmup=2000, lr_end=0.1, eval_every=1000)
+GPT2 = dict(seq=1024, vocab=50257, tok="gpt2", data="openwebtext",
+            steps=600_000, warmup=2000, lr_end=0.1, eval_every=1000)
 PRESETS = {
     # about two minutes on two cores; what else was tried is in bench/RESULTS.md
     "cpu": dict(layers=4, heads=3, dim=96, seq=128, batch=16, steps=1000, lr=1e-2, optim="muon", eval_every=500),
     # the character model of nanoGPT's README, here for one 12 GB GPU
-    "gpu": dict(layers=6, heads=6, dim=384, seq=256, batch=64, steps=5000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99, dropout=0.2),
+    "gpu": dict(layers=6, heads=6, dim=384, seq=256,
+                batch=64, steps=5000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99, dropout=0.2),
     # nanoGPT's CPU recipe
-    "nanogpt-cpu": dict(layers=4, heads=4, dim=128, seq=64, batch=12, steps=2000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99),
+    "nanogpt-cpu": dict(layers=4, heads=4, dim=128, seq=64,
+                        batch=12, steps=2000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99),
     # OpenAI's sizes with nanoGPT's schedule, about 0.5M tokens a step on one 12 GB GPU
     "124M": dict(layers=12, heads=12, dim=768, batch=8, accum=60, lr=6e-4, **GPT2),
     "350M": dict(layers=24, heads=16, dim=1024, batch=4, accum=120, lr=3e-4, **GPT2),
     "774M": dict(layers=36, heads=20, dim=1280, batch=2, accum=240, lr=2.5e-4, optim="adamw8bit", ckpt=True, **GPT2),
     "1558M": dict(layers=48, heads=25, dim=1600, batch=1, accum=480, lr=2e-4, optim="adamw8bit", ckpt=True, **GPT2),
-}
+}  # fmt: skip
 
 
 class Conv1D(nn.Module):
@@ -176,7 +179,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, t=0):
         B, T, C = x.shape
-        q, k, v = (u.view(B, T, self.heads, -1).transpose(1, 2) for u in self.c_attn(x).split(C, 2))  # each (B, H, T, D)
+        q, k, v = (u.view(B, T, self.heads, -1).transpose(1, 2) for u in self.c_attn(x).split(C, 2))  # (B, H, T, D)
         if cache is not None:  # (2, B, H, seq, D): keys and values of the t tokens before x, and room for more
             cache[0, :, :, t : t + T], cache[1, :, :, t : t + T] = k, v
             k, v = cache[:, :, :, : t + T]  # (B, H, t+T, D)
@@ -287,14 +290,15 @@ class Model(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
-        """source: a Hugging Face GPT-2 folder or hub name, or llm.c's .bin; overrides: Config fields such as dropout."""
+        """source: a Hugging Face GPT-2 folder or name, or llm.c's .bin; overrides: Config fields such as dropout."""
         path = find_checkpoint(HUB.get(source, source))
         if path.suffix == ".bin" and path.is_file():
             config, tensors = read_llmc(path)
         else:
             config, tensors = read_checkpoint(path)
         try:
-            cfg = Config(layers=config["n_layer"], heads=config["n_head"], dim=config["n_embd"], seq=config["n_positions"])
+            cfg = Config(layers=config["n_layer"], heads=config["n_head"],
+                         dim=config["n_embd"], seq=config["n_positions"])
             cfg.vocab = config["vocab_size"]
         except KeyError as e:
             bad(f"{path}: config.json has no {e}, so this is no GPT-2")
@@ -329,10 +333,11 @@ def read_llmc(path):
         bad(f"{path}: not a model of llm.c (its header is magic 20240326, version 3 for fp32 or 5 for bf16)")
     P, V, L, H, C, Vp = (int(n) for n in head[2:8])
     kinds = {
-        "wte.weight": (Vp, C), "wpe.weight": (P, C), "ln_1.weight": (C,), "ln_1.bias": (C,), "attn.c_attn.weight": (3 * C, C),
-        "attn.c_attn.bias": (3 * C,), "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,), "ln_2.weight": (C,),
-        "ln_2.bias": (C,), "mlp.c_fc.weight": (4 * C, C), "mlp.c_fc.bias": (4 * C,), "mlp.c_proj.weight": (C, 4 * C),
-        "mlp.c_proj.bias": (C,), "ln_f.weight": (C,), "ln_f.bias": (C,),
+        "wte.weight": (Vp, C), "wpe.weight": (P, C),
+        "ln_1.weight": (C,), "ln_1.bias": (C,), "attn.c_attn.weight": (3 * C, C), "attn.c_attn.bias": (3 * C,),
+        "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,),
+        "ln_2.weight": (C,), "ln_2.bias": (C,), "mlp.c_fc.weight": (4 * C, C), "mlp.c_fc.bias": (4 * C,),
+        "mlp.c_proj.weight": (C, 4 * C), "mlp.c_proj.bias": (C,), "ln_f.weight": (C,), "ln_f.bias": (C,),
     }  # fmt: skip
     body = torch.from_numpy(np.fromfile(path, dtype="<f4" if head[1] == 3 else "<i2", offset=1024))
     body = body if head[1] == 3 else body.view(torch.bfloat16).float()
@@ -372,7 +377,7 @@ def flag(name):
 
 
 def parse(argv=None):
-    """The flags are the fields of Config, their help the comments there. Returns (the preset's values, the flags given)."""
+    """The flags are Config's fields, their help the comments there. -> (the preset's values, the flags given)."""
     notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(Config), re.M))
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     p.error = bad
@@ -399,13 +404,15 @@ def parse(argv=None):
 
 # ----- data (shared) -----
 class Tokenizer:
-    """encode: str -> array of ids, decode: ids -> str. kind: char | byte | gpt2 | a tokenizer.json, or its hub name | a RWKV vocabulary."""
+    """encode: str -> array of ids, decode: ids -> str.
+    kind: char | byte | gpt2 | a tokenizer.json, or its hub name | a RWKV vocabulary."""
 
     def __init__(self, kind, chars=""):
         self.kind, self.chars = kind, chars  # chars: the sorted characters of kind char; an id is a place among them
         try:
             if kind == "char":
-                self.vocab, self.encode, self.decode = len(chars), self.places, lambda ids: "".join(chars[i] for i in ids)
+                self.vocab, self.encode, self.decode = (len(chars), self.places,
+                                                        lambda ids: "".join(chars[i] for i in ids))
             elif kind == "byte":
                 self.vocab, self.encode = 256, lambda text: np.frombuffer(text.encode(), np.uint8)
                 self.decode = lambda ids: bytes(ids).decode(errors="replace")
@@ -418,7 +425,8 @@ class Tokenizer:
             elif kind.endswith(".json") or re.fullmatch(r"[\w.-]+/[\w.-]+", kind) and not Path(kind).exists():
                 import tokenizers
 
-                hf = (tokenizers.Tokenizer.from_file if kind.endswith(".json") else tokenizers.Tokenizer.from_pretrained)(kind)
+                hf = (tokenizers.Tokenizer.from_file if kind.endswith(".json")
+                      else tokenizers.Tokenizer.from_pretrained)(kind)
                 self.vocab, self.decode = hf.get_vocab_size(), hf.decode
                 self.encode = lambda text: np.array(hf.encode(text, add_special_tokens=False).ids, np.int64)
             elif Path(kind).is_file():  # RWKV: each line is an id, the token as a Python literal, and its length
@@ -437,7 +445,8 @@ class Tokenizer:
         known, codes = np.array([ord(c) for c in self.chars]), np.frombuffer(text.encode("utf-32-le"), "<u4")
         ids = np.searchsorted(known, codes).clip(max=len(known) - 1)
         if (wrong := codes[known[ids] != codes]).size:
-            bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); --tok byte knows every text")
+            bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); "
+                "--tok byte knows every text")
         return ids
 
     def longest(self, text):  # greedy: the longest word that the text goes on with
@@ -450,7 +459,7 @@ class Tokenizer:
 
 
 class Stream:
-    """The tokens of one split: shards end to end. A window of seq + 1 tokens never crosses from one shard into the next."""
+    """The tokens of one split: shards end to end. A window of seq + 1 tokens never crosses the end of a shard."""
 
     def __init__(self, shards, cfg, name):
         self.shards = [s for s in shards if len(s) > cfg.seq]
@@ -458,7 +467,8 @@ class Stream:
         if not self.shards:
             bad(f"--seq {cfg.seq}: {self.name} has only {max(map(len, shards), default=0):,} tokens in a piece")
         self.seq, self.vocab, self.tokens = cfg.seq, cfg.vocab, sum(map(len, shards))
-        self.first = np.cumsum([0] + [len(s) - cfg.seq for s in self.shards])  # number of each shard's first window, and of all
+        # the number of each shard's first window, and at the end that of all windows
+        self.first = np.cumsum([0] + [len(s) - cfg.seq for s in self.shards])
 
     def windows(self, numbers):
         """Window numbers (n) -> inputs and targets (n, seq) int64; a target is the token after its input."""
@@ -468,7 +478,8 @@ class Stream:
             rows.append(self.shards[s][i - self.first[s] :][: self.seq + 1])
         w = torch.from_numpy(np.stack(rows).astype(np.int64))
         if w.max() >= self.vocab:
-            bad(f"{self.name}: token id {w.max()} is outside the vocabulary of {self.vocab}; --tok must be the data's own")
+            bad(f"{self.name}: token id {w.max()} is outside the vocabulary of {self.vocab}; "
+                "--tok must be the data's own")
         return w[:, :-1].contiguous(), w[:, 1:].contiguous()
 
     def batch(self, cfg, step, micro, rank, world):
@@ -488,7 +499,7 @@ class Stream:
 
 
 def shard(path):
-    """Memory-mapped tokens of nanoGPT's .bin (no header, uint16, uint32 above 65,536 words) or llm.c's (header of 1024 bytes)."""
+    """nanoGPT's .bin (no header, uint16, uint32 above 65,536 words) or llm.c's (1024-byte header) -> mapped tokens."""
     head = np.fromfile(path, "<i4", 256)
     if len(head) == 256 and head[0] in (20240520, 20240801):
         tokens = np.memmap(path, "<u2" if head[0] == 20240520 else "<u4", "r", offset=1024)
@@ -508,7 +519,7 @@ class PlainPickle(pickle.Unpickler):
 
 
 def prepared(cfg, given, tok):
-    """The folder of a set in data/, made by data/<name>.py the first time. Without a network stdlib stands in for the default."""
+    """The folder of a set in data/, made once by data/<name>.py. Without a network stdlib stands in for the default."""
     script = Path(__file__).parent / "data" / f"{cfg.data}.py"
     kind = cfg.tok or re.search(r'^NAME, TOK = "\w+", "(\w+)"', script.read_text(), re.M).group(1)
     folder = script.with_suffix("") / kind
@@ -525,11 +536,12 @@ def prepared(cfg, given, tok):
 
 
 def load_text(cfg, given, tok):
-    """-> (training Stream, validation Stream, Tokenizer); sets cfg.tok and cfg.vocab. tok: a checkpoint's, which must fit."""
+    """-> training and validation Stream, Tokenizer; sets cfg.tok and cfg.vocab. tok: a checkpoint's, which must fit."""
     folder, text = Path(__file__).parent / "data", None
     cfg.tok = cfg.tok or (tok.kind if tok else "")
     if not folder.is_dir() and cfg.data in ("shakespeare", "stdlib") and "data" not in given:  # this file alone
-        print("!!! no data/ beside this file: training on the source of Python's own library; --data my.txt for your text")
+        print("!!! no data/ beside this file: training on the source of Python's own library; "
+              "--data my.txt for your text")
         root = Path(sysconfig.get_paths()["stdlib"])
         text = "\n".join(f.read_text(errors="replace") for f in sorted([*root.glob("*.py"), *root.glob("*/*.py")]))
         cfg.data, cfg.tok = "stdlib", "byte"
@@ -555,7 +567,8 @@ def load_text(cfg, given, tok):
         files = [f for f in files if f.suffix == ".bin"]
         if not files:
             names = ", ".join(sorted(texts))
-            bad(f"--data {cfg.data}: no .txt, .jsonl, folder or glob of .bin shards" + (f", nor one of {names}" if names else ""))
+            bad(f"--data {cfg.data}: no .txt, .jsonl, folder or glob of .bin shards"
+                + (f", nor one of {names}" if names else ""))
         meta, old = files[0].parent / "meta.json", files[0].parent / "meta.pkl"
         kind, chars = cfg.tok or "gpt2", ""
         try:
@@ -568,10 +581,12 @@ def load_text(cfg, given, tok):
         except Exception as e:  # JSON and pickle have many
             bad(f"{files[0].parent}: meta.json or meta.pkl is damaged ({e})")
         if tok and (tok.kind, tok.chars) != (kind, chars) or cfg.tok and cfg.tok != kind:
-            bad(f"--data {cfg.data}: its tokens are {kind}, but {tok.kind if tok else cfg.tok} is asked for, or other characters")
+            bad(f"--data {cfg.data}: its tokens are {kind}, but {tok.kind if tok else cfg.tok} is asked for, "
+                "or other characters")
         cfg.tok, tok = kind, tok or Tokenizer(kind, chars)
         val = [f for f in files if "val" in f.name]
-        parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name], val=[shard(f) for f in val])
+        parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name],
+                     val=[shard(f) for f in val])
         if not val:  # shards without a split: the last tenth of the last one
             *rest, last = parts["train"]
             parts = dict(train=[*rest, last[: len(last) * 9 // 10]], val=[last[len(last) * 9 // 10 :]])
@@ -604,10 +619,11 @@ def schedule(step, cfg):
 
 # ----- optimizer (shared) -----
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step, 0.2 sqrt(max(m, n)) (Liu et al. 2025, arXiv:2502.16982).
+    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step (Liu et al. 2025, arXiv:2502.16982).
 
-    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1. torch.optim.Muon
-    does it in bf16, which a CPU without bf16 units does at 1/100 of its speed; here in fp32 there, matrices of a shape at once.
+    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1; a step is
+    0.2 sqrt(max(m, n)) X. torch.optim.Muon iterates in bf16, which a CPU without bf16 units does at 1/100 of its
+    speed; here in fp32 there, matrices of a shape at once.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -622,10 +638,10 @@ class Muon(torch.optim.Optimizer):
                     shapes.setdefault(p.shape, []).append(p)
                     self.state[p].setdefault("momentum", torch.zeros_like(p))
             for shape, ps in shapes.items():
-                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row makes a channel
+                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row a channel
                 grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
                 torch._foreach_lerp_(M, grads, 1 - group["momentum"])
-                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov's look ahead
+                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov momentum
                 X = X.bfloat16() if X.is_cuda else X
                 X = X.mT if m > n else X
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -634,7 +650,8 @@ class Muon(torch.optim.Optimizer):
                     X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
                 X = X.mT if m > n else X
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
+                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)),
+                                    alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
 
 
 def make_optimizers(model, cfg):
@@ -668,7 +685,7 @@ def swap(optimizers):
 
 
 def set_lr(optimizers, step, cfg):
-    """lr and weight decay of this step: what the groups began with, times schedule(); a group's lr_scale multiplies its lr."""
+    """lr and weight decay of this step: the initial ones times schedule(); a group's lr_scale multiplies its lr."""
     lr, wd = schedule(step, cfg)
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"], group["weight_decay"] = cfg.lr * lr * group["lr_scale"], group["wd"] * wd
@@ -680,7 +697,7 @@ def set_lr(optimizers, step, cfg):
 
 # ----- checkpoint (shared) -----
 def write_file(path, write):
-    """write(a temporary path), onto the disk, rename: at any instant path is the whole old file or the whole new one."""
+    """write(a temporary path), onto the disk, rename: at any instant path is the whole old or the whole new file."""
     tmp = f"{path}.tmp"
     write(tmp)
     with open(tmp, "rb") as f:
@@ -694,11 +711,12 @@ def write_weights(folder, tensors, config, name="model", new="", step=None):
     config_name = "adapter_config.json" if name == "adapter_model" else "config.json"
     write_file(f"{folder}/{config_name}", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
     tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
-    write_file(f"{folder}/{name}.safetensors{new}", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
+    write_file(f"{folder}/{name}.safetensors{new}",
+               lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
 
 
 def find_checkpoint(source):
-    """A folder, a file, or a model's name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
+    """A folder, a file, or a name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
     if Path(source).exists():
         return Path(source)
     try:
@@ -707,13 +725,15 @@ def find_checkpoint(source):
         if len(parts := source.split("/")) > 2:
             return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
         path = Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
-        return path if [*path.glob("*.safetensors")] else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"]))
+        return (path if [*path.glob("*.safetensors")]
+                else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"])))
     except Exception as e:  # no such name, no network, no library
-        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); a hub name is owner/name")
+        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); "
+            "a hub name is owner/name")
 
 
 def read_checkpoint(path):
-    """A folder, or a weights file in one -> (config.json as a dict, tensors by name). Only plain tensors are ever unpickled."""
+    """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
     folder = path if path.is_dir() else path.parent
     try:
         config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
@@ -722,10 +742,12 @@ def read_checkpoint(path):
         elif index.is_file():
             files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         else:
-            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file() else "pytorch_model.bin")]
+            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file()
+                               else "pytorch_model.bin")]
         tensors = {}
         for f in files:
-            tensors |= load_file(f) if f.suffix == ".safetensors" else torch.load(f, map_location="cpu", weights_only=True)
+            tensors |= (load_file(f) if f.suffix == ".safetensors"
+                        else torch.load(f, map_location="cpu", weights_only=True))
         return config, tensors
     except FileNotFoundError as e:
         bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
@@ -752,7 +774,8 @@ def sharded(cfg):
 
 
 def save(cfg, model, optimizers, tok, step, best):
-    """The run's folder. Both large files are whole on the disk before the first rename, which decides (load_run ends the second)."""
+    """The run's folder. Both large files are whole on the disk before the first rename, which decides
+    (load_run ends the second)."""
     weights, states = model.state_dict, [o.state_dict for o in optimizers]
     if cfg.fsdp:
         D, how = sharded(cfg)
@@ -777,7 +800,7 @@ def load_run(out):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for new in Path(out).rglob("*.safetensors.new"):
-            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of train_state.pt's step here
+            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of state's step here
                 if f.metadata()["step"] == str(state["step"]):
                     os.replace(new, new.with_suffix(""))
         return state
@@ -813,7 +836,7 @@ def pick_device(cfg):
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    elif sys.platform == "linux":  # glibc: keep freed memory for the next step instead of returning its pages, 4 to 8% of a step
+    elif sys.platform == "linux":  # glibc: keep freed pages for the next step, which saves 4 to 8% of it
         ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
     if "RANK" in os.environ:
@@ -822,7 +845,7 @@ def pick_device(cfg):
 
 
 def bf16_pays(device, model, batch):
-    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if they are faster, a whole micro-step."""
+    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if faster, a whole micro-step."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False), "auto"
 
@@ -846,7 +869,7 @@ def bf16_pays(device, model, batch):
 
 @torch.no_grad()
 def evaluate(model, stream, cfg, device, cast):
-    """Mean loss over the split's fixed windows. Every process does them all, so that the number does not depend on how many."""
+    """Mean loss over the split's fixed windows. Every process does them all, so it does not depend on how many."""
     model.eval()
     total, numbers = 0.0, stream.fixed(cfg)
     for i in range(0, len(numbers), cfg.batch):
@@ -858,7 +881,7 @@ def evaluate(model, stream, cfg, device, cast):
 
 
 def train(cfg, given, model, tok, state):
-    """model, tok: from a checkpoint, or None; state: load_run()'s of the run that goes on, or None. Returns the last val loss."""
+    """model, tok: of a checkpoint, or None; state: load_run()'s of the run that goes on, or None. -> last val loss."""
     device, rank, world = pick_device(cfg)
     say = print if rank == 0 else lambda *a, **k: None
     if rank:
@@ -894,7 +917,8 @@ def train(cfg, given, model, tok, state):
     step, best, val, rows = 0, math.inf, None, []
     if state:
         step, best, val = state["step"], state["best"], None
-        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline="")) if r and r[0].isdigit() and int(r[0]) <= step]
+        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline=""))
+                if r and r[0].isdigit() and int(r[0]) <= step]
         for o, s in zip(optimizers, state["optimizers"]):
             if cfg.fsdp:
                 D, how = sharded(cfg)
@@ -909,10 +933,13 @@ def train(cfg, given, model, tok, state):
     per_step, params = cfg.batch * cfg.accum * seq, [p for p in model.parameters() if p.requires_grad]
     ops = sys.modules.get("kernels.norm")
     form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
-    about = train_data.about() if unit != "token" else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}"
+    about = (train_data.about() if unit != "token"
+             else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}")
     say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {about}")
-    say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | {cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
-    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | {form}{' | compiled' * cfg.compile}")
+    say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | "
+        f"{cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
+    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | "
+        f"{form}{' | compiled' * cfg.compile}")
 
     log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
     log.writerows([("step", f"{unit}s", "seconds", "loss", "val", "lr", "norm", f"{unit[:3]}_s"), *rows])
@@ -952,7 +979,8 @@ def train(cfg, given, model, tok, state):
         if not (due or step % cfg.log_every == 0 or step == begun + 1 or device.type == "cpu"):
             continue  # from here on the GPU is waited for
         if wrong.item() >= 0:
-            good = "no checkpoint yet" if saved is None else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})"
+            good = ("no checkpoint yet" if saved is None
+                    else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})")
             bad(f"step {wrong.item()}: the loss is not finite; {good}; a smaller --lr helps")
         if due:
             swap(optimizers)
@@ -971,7 +999,8 @@ def train(cfg, given, model, tok, state):
             left = (now - start) / (step - begun) * (cfg.steps - step)
             peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mb()
             v = repr(val) if due and not halt else ""
-            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr, repr(norm.item()), f"{speed:.0f}"))
+            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr,
+                          repr(norm.item()), f"{speed:.0f}"))
             shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
             say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
                 f"{speed:,.0f} {unit[:3]}/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
@@ -979,11 +1008,12 @@ def train(cfg, given, model, tok, state):
         say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
     else:
         swap(optimizers)
-        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended before has none yet
-        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, after {before + time.perf_counter() - start:.0f} s of training")
+        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended has none yet
+        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, "
+            f"after {before + time.perf_counter() - start:.0f} s of training")
         if not cfg.fsdp and rank == 0:
             show(cfg, model, tok, val_data.start())
-        say(f"the weights, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample \"...\"")
+        say(f'the weights, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample "..."')
     if "RANK" in os.environ:
         dist.destroy_process_group()
     return val
@@ -1018,7 +1048,7 @@ def generate(model, tokens, cfg):
     model.eval()
     generator = torch.Generator(tokens.device).manual_seed(cfg.seed)
     limit = model.context or math.inf  # a recurrent model has none
-    seen, new, held, state, stop = tokens, tokens, 0, model.init_state(1), getattr(model, "stop", ())  # ids that end an answer
+    seen, new, held, state, stop = tokens, tokens, 0, model.init_state(1), getattr(model, "stop", ())  # end-of-text ids
     for _ in range(cfg.tokens):
         if held + new.shape[1] > limit:  # the context is full: begin again with its later half
             held, new, state = 0, seen[:, -max(1, limit // 2) :], model.init_state(1)
@@ -1055,7 +1085,7 @@ def sample(cfg, model, tok):
     show(cfg, model, tok, tok.encode(cfg.sample))
 
 
-SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from, and flags that ask something of it
+SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from; flags that ask something of it
 ACTIONS = dict(sample=sample)
 
 
@@ -1071,15 +1101,18 @@ def main(argv=None):
     if given.get("resume") or action and not origin:
         state, wanted = load_run(out), "resume" if given.get("resume") else action
         if origin or state is None and (wanted == "resume" or not Path(out, "config.json").is_file()):
-            reason = f"{flag(origin)} starts another run: one of the two" if origin else f"no run in {out}; --out names its folder"
+            reason = (f"{flag(origin)} starts another run: one of the two" if origin
+                      else f"no run in {out}; --out names its folder")
             bad(f"{flag(wanted)}: {reason}")
-        kept = {k: v for k, v in (state or {}).get("config", {}).items() if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
+        kept = {k: v for k, v in (state or {}).get("config", {}).items()
+                if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
         origin, source, preset = "init", out, preset | kept | dict(out=out)
     else:
         origin = origin or next((k for k in SOURCES if preset.get(k)), None)
         source = (preset | given).get(origin)
     if source:
-        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items() if k not in SOURCES and (k in given or k not in SIZES)})
+        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items()
+                                           if k not in SOURCES and (k in given or k not in SIZES)})
         source = source if isinstance(source, str) else source[0]
         tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), getattr(model.cfg, "vocab", 0))
         preset |= {k: getattr(model.cfg, k) for k in SIZES}

@@ -1,27 +1,28 @@
 """
-Mamba, Mamba-2: selective state spaces               Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State
-                                                     Spaces", arXiv:2312.00752v2;  Dao & Gu 2024, "Transformers are SSMs",
-                                                     arXiv:2405.21060v1
+Mamba, Mamba-2: selective state spaces      Gu & Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State
+                                            Spaces", arXiv:2312.00752v2;
+                                            Dao & Gu 2024, "Transformers are SSMs", arXiv:2405.21060v1
 
-Special: no attention. Each of E = 2 C channels keeps a state s of N numbers. The step dt and the vectors B and C come from the
-token, so the layer chooses what to remember and what to forget. Cost is linear in T, and the state never grows.
+Special: no attention. Each of E = 2 C channels keeps a state s of N numbers. The step dt and the vectors B and C come
+from the token, so the layer chooses what to remember and what to forget. Cost is linear in T, the state never grows.
     x, z      = h W_in,  x = silu(conv(x))            a causal convolution over the last 4 tokens, one per channel
     s_t       = exp(dt_t A) s_{t-1} + dt_t x_t B_t    A (E, N) negative; B_t, C_t (N) shared by the channels
     y_t       = C_t . s_t + D x_t
-    out       = (y silu(z)) W_out                     the gate; on RMSNorm(stream), added to the stream: a block has no more
---version 2: one dt and one number A for a head of 64 channels, so the states of a head, a 64 x N matrix, decay together. Then a
-chunk of tokens is a product of matrices, masked and decayed, which is linear attention with C, B, x as q, k, v; and N is 128.
+    out       = (y silu(z)) W_out                     the gate; h = RMSNorm(stream), stream += out: a block has no more
+--version 2: one dt and one number A for a head of 64 channels, so the states of a head, a 64 x N matrix, decay
+together. Then a chunk of tokens is a product of matrices, masked and decayed, which is linear attention with C, B, x
+as q, k, v; and N is 128.
 
 Run:     python mamba.py                                        trains Mamba on tiny Shakespeare, then prints a sample
          python mamba.py --version 2                            Mamba-2, in the same place
-         python mamba.py --sample "ROMEO:"                      from out/mamba; the state has one size however long the text
+         python mamba.py --sample "ROMEO:"                      from out/mamba; the state has one size for any text
          python mamba.py --init mamba-130m --sample "The Eiffel tower"
-                                                                from the released weights: mamba-130m 370m 790m 1.4b 2.8b,
-                                                                mamba2-130m 370m 780m 1.3b 2.7b, or any folder of theirs in the
-                                                                original or the Hugging Face form
+                                                                from the released weights: mamba-130m 370m 790m 1.4b
+                                                                2.8b, mamba2-130m 370m 780m 1.3b 2.7b, or any folder of
+                                                                theirs in the original or the Hugging Face form
          torchrun --nproc_per_node=2 mamba.py                   the same run on two GPUs
 Expect:  validation losses and minutes are in bench/RESULTS.md, each with its command.
-Alone:   this file needs PyTorch, numpy and safetensors; with kernels/ beside it, it is faster: much faster for version 1.
+Alone:   this file needs PyTorch, numpy and safetensors; with kernels/ beside it, it is faster, version 1 much faster.
 """
 
 import argparse
@@ -67,11 +68,12 @@ try:
 except ModuleNotFoundError:  # this file alone: the same operations in plain PyTorch
 
     def selective_scan(x, dt, A, B, C, D, z, dt_bias, initial=None):
-        """recurrence_1 on 64 tokens at a time, and again in backward, so that the states of all tokens are never held."""
+        """recurrence_1 on 64 tokens at a time, again in backward: the states of all tokens are never held."""
         s, y = x.new_zeros(len(x), *A.shape, dtype=torch.float32) if initial is None else initial, []
         dt = F.softplus(dt.float() + dt_bias)
         for part in zip(*(u.split(64, 1) for u in (x, dt, B, C))):
-            y_c, s = checkpoint(lambda x, dt, B, C, s: recurrence_1(x, dt, A, B, C, D, s), *part, s, use_reentrant=False)
+            y_c, s = checkpoint(lambda x, dt, B, C, s: recurrence_1(x, dt, A, B, C, D, s), *part, s,
+                                use_reentrant=False)
             y.append(y_c)
         return (torch.cat(y, 1) * F.silu(z)).to(x.dtype), s
 
@@ -79,12 +81,12 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
         return chunkwise_2(x, dt, A, B, C, D, initial)
 
     def causal_conv1d(x, w, b=None, initial=None):
-        """y_t = silu(b + sum_i w_i x_{t-W+1+i}): x (B, T, E), w (E, W), initial (B, W-1, E), the inputs before x, or zeros."""
+        """y_t = silu(b + sum_i w_i x_{t-W+1+i}): x (B, T, E), w (E, W); before x: initial (B, W-1, E), or zeros."""
         x = F.pad(x, (0, 0, w.shape[1] - 1, 0)) if initial is None else torch.cat([initial.to(x.dtype), x], 1)
         return F.silu(F.conv1d(x.transpose(1, 2), w[:, None], b, groups=len(w)).transpose(1, 2))
 
     def linear_cross_entropy(x, w, targets, ignore_index=-1):
-        """mean of -log softmax(x w^T)[target]; 2048 rows at a time, and again in backward, so that the logits are never whole."""
+        """mean of -log softmax(x w^T)[target], 2048 rows at a time, again in backward: the logits are never whole."""
         x, targets = x.flatten(0, -2), targets.flatten()
         total = x.new_zeros((), dtype=torch.float32)
         for xs, ts in zip(x.split(2048), targets.split(2048)):
@@ -117,7 +119,7 @@ class Config:
     head_dim: int = 64  # version 2: channels P of a head, which share dt and A
     groups: int = 1  # version 2: groups G of heads, each with its own B and C
     vocab: int = 0  # tokens; 0: as many as the tokenizer has
-    vocab_multiple: int = 0  # the embedding gets so many rows more that they are a multiple of this; 0: 8, version 2: 16
+    vocab_multiple: int = 0  # the embedding's rows are filled up to a multiple of this; 0: 8, version 2: 16
     # the run
     preset: str = ""  # sizes and schedule together; default: cpu without a GPU, gpu with one
     seq: int = 2048  # tokens T of a training window; the model itself has no limit
@@ -153,7 +155,8 @@ class Config:
 
 
 # the papers' recipe: 0.5M tokens a step, 300B in all, rates five times those of GPT-3, down to 1e-5
-PILE = dict(seq=2048, vocab=50277, tok="gpt2", data="openwebtext", steps=600_000, warmup=60_000, lr_end=0.01, eval_every=1000)
+PILE = dict(seq=2048, vocab=50277, tok="gpt2", data="openwebtext",
+            steps=600_000, warmup=60_000, lr_end=0.01, eval_every=1000)
 PRESETS = {
     # a good minute on two cores
     "cpu": dict(layers=4, dim=96, head_dim=32, seq=128, batch=16, steps=750, lr=1e-2, optim="muon", eval_every=375),
@@ -165,7 +168,7 @@ PRESETS = {
     "790M": dict(layers=48, dim=1536, batch=2, accum=128, lr=1.25e-3, optim="adamw8bit", ckpt=True, **PILE),
     "1.4B": dict(layers=48, dim=2048, batch=1, accum=512, lr=1e-3, optim="adamw8bit", ckpt=True, **PILE),
     "2.8B": dict(layers=64, dim=2560, batch=1, accum=512, lr=8e-4, optim="adamw8bit", ckpt=True, **PILE),
-}
+}  # fmt: skip
 
 
 # The recurrences, one token after the other. s is the state before the first and is returned as it is after the last.
@@ -184,7 +187,7 @@ def recurrence_2(x, dt, A, B, C, D, S):
     """x (B, T, H, P), dt (B, T, H), A, D (H,), B, C (B, T, G, N), S (B, H, P, N) -> y (B, T, H, P), S."""
     y, heads = [], x.shape[2] // B.shape[2]
     for x_t, dt_t, B_t, C_t in zip(*(u.unbind(1) for u in (x, dt, B, C))):
-        B_t, C_t = (u.repeat_interleave(heads, 1)[:, :, None] for u in (B_t, C_t))  # (B, H, 1, N): the heads of a group share them
+        B_t, C_t = (u.repeat_interleave(heads, 1)[:, :, None] for u in (B_t, C_t))  # (B, H, 1, N): a group shares them
         # S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T,  y_t = S_t C_t + D x_t      (Mamba-2, eq. 1 with a scalar A)
         S = torch.exp(dt_t * A)[..., None, None] * S + (dt_t[..., None] * x_t)[..., None] * B_t  # (B, H, P, N)
         y.append((S * C_t).sum(-1) + D[:, None] * x_t)  # (B, H, P)
@@ -192,17 +195,18 @@ def recurrence_2(x, dt, A, B, C, D, S):
 
 
 def chunkwise_2(x, dt, A, B, C, D, S=None, Q=64):
-    """recurrence_2 in chunks of Q tokens, where it is products of matrices (Mamba-2, section 6). With c_i = dt_1 A + ... + dt_i A
-    counted from the chunk's start and v = dt x:
-    y_i = sum_{j <= i} exp(c_i - c_j) (C_i . B_j) v_j + exp(c_i) S C_i,    S' = exp(c_Q) S + sum_j exp(c_Q - c_j) v_j B_j^T
+    """recurrence_2 in chunks of Q tokens, where it is products of matrices (Mamba-2, section 6).
+    With c_i = dt_1 A + ... + dt_i A counted from the chunk's start and v = dt x:
+    y_i = sum_{j <= i} exp(c_i - c_j) (C_i . B_j) v_j + exp(c_i) S C_i, S' = exp(c_Q) S + sum_j exp(c_Q - c_j) v_j B_j^T
     """
     heads, y = x.shape[2] // B.shape[2], []
     with torch.autocast(x.device.type, enabled=False):  # decays and sums in fp32
         parts = [u if u.dtype == torch.float64 else u.float() for u in (x, dt, B, C)]
-        for x_c, dt_c, B_c, C_c in zip(*(u.transpose(1, 2).split(Q, 2) for u in parts)):  # (B, H, Q, P), (B, H, Q), (B, G, Q, N)
+        # x_c (B, H, Q, P), dt_c (B, H, Q), B_c and C_c (B, G, Q, N)
+        for x_c, dt_c, B_c, C_c in zip(*(u.transpose(1, 2).split(Q, 2) for u in parts)):
             B_c, C_c = (u.repeat_interleave(heads, 1) for u in (B_c, C_c))  # (B, H, Q, N)
             v, c = x_c * dt_c[..., None], (dt_c * A[:, None]).cumsum(-1)
-            decay = torch.exp((c[..., :, None] - c[..., None, :]).clamp(max=0)).tril()  # (B, H, Q, Q); a difference never overflows
+            decay = torch.exp((c[..., :, None] - c[..., None, :]).clamp(max=0)).tril()  # (B, H, Q, Q); never overflows
             y_c = (C_c @ B_c.mT * decay) @ v + D[:, None, None] * x_c  # (B, H, Q, P)
             new = (v * torch.exp(c[..., -1:] - c)[..., None]).mT @ B_c  # (B, H, P, N)
             if S is not None:
@@ -236,7 +240,7 @@ class Linear(nn.Linear):
 
 
 def convolve(conv1d, x, last=None):
-    """silu(causal convolution) of x (B, T, E) -> like x; and the last W-1 inputs, if those before x are given (B, W-1, E)."""
+    """silu(causal convolution) of x (B, T, E), and the last W-1 inputs if those before x, (B, W-1, E), are given."""
     w = conv1d.weight[:, 0]  # (E, W)
     if last is None:
         return causal_conv1d(x, w, conv1d.bias), None
@@ -321,7 +325,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Mamba or Mamba-2 with the parameter names of transformers' classes, which are those of the original but for one letter."""
+    """Mamba or Mamba-2 with the parameter names of transformers, which are the original's but for one letter."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -332,7 +336,8 @@ class Model(nn.Module):
         cfg.vocab_multiple = cfg.vocab_multiple or 8 * cfg.version
         E = cfg.expand * cfg.dim
         if cfg.version == 2 and E % cfg.head_dim:
-            bad(f"--head-dim {cfg.head_dim}: --expand {cfg.expand} x --dim {cfg.dim} = {E} channels must be divisible by it")
+            bad(f"--head-dim {cfg.head_dim}: --expand {cfg.expand} x --dim {cfg.dim} = {E} channels "
+                "must be divisible by it")
         if cfg.version == 2 and E // cfg.head_dim % cfg.groups:
             bad(f"--groups {cfg.groups}: the {E // cfg.head_dim} heads must be divisible by it")
         self.cfg = cfg
@@ -344,7 +349,7 @@ class Model(nn.Module):
             norm_f=RMSNorm(cfg.dim),
         ))  # fmt: skip
         nn.init.normal_(self.backbone.embeddings.weight, std=0.02)
-        with torch.no_grad():  # other products keep PyTorch's initial values; what is added to the stream starts smaller
+        with torch.no_grad():  # the rest keeps PyTorch's initial values; what is added to the stream starts smaller
             for block in self.backbone.layers:
                 block.mixer.out_proj.weight /= math.sqrt(cfg.layers)
 
@@ -385,10 +390,12 @@ class Model(nn.Module):
         return linear(x[:, -1], self.backbone.embeddings.weight), state
 
     def param_groups(self, weight_decay):
-        """Matrices and convolutions decay; A_log, D, norms and biases do not. `matrix` marks what Muon may orthogonalise."""
-        groups = dict(matrices=dict(weight_decay=weight_decay, matrix=True), others=dict(weight_decay=weight_decay), rest=dict(weight_decay=0.0))
+        """Matrices and convolutions decay, not A_log, D, norms, biases; `matrix` marks what Muon may orthogonalise."""
+        groups = dict(matrices=dict(weight_decay=weight_decay, matrix=True), others=dict(weight_decay=weight_decay),
+                      rest=dict(weight_decay=0.0))
         for name, p in self.named_parameters():
-            kind = "rest" if p.ndim < 2 or name.endswith("A_log") else "matrices" if p.ndim == 2 and "mixer" in name else "others"
+            kind = ("rest" if p.ndim < 2 or name.endswith("A_log")
+                    else "matrices" if p.ndim == 2 and "mixer" in name else "others")
             groups[kind].setdefault("params", []).append(p)
         return list(groups.values())
 
@@ -396,38 +403,47 @@ class Model(nn.Module):
         """config.json as transformers' MambaForCausalLM or Mamba2ForCausalLM reads it."""
         c, E = self.cfg, self.cfg.expand * self.cfg.dim
         if c.version == 1:
-            own = dict(model_type="mamba", architectures=["MambaForCausalLM"], time_step_rank=c.dt_rank, intermediate_size=E)
+            own = dict(model_type="mamba", architectures=["MambaForCausalLM"],
+                       time_step_rank=c.dt_rank, intermediate_size=E)
         else:
-            own = dict(model_type="mamba2", architectures=["Mamba2ForCausalLM"], num_heads=E // c.head_dim, head_dim=c.head_dim, n_groups=c.groups)
+            own = dict(model_type="mamba2", architectures=["Mamba2ForCausalLM"],
+                       num_heads=E // c.head_dim, head_dim=c.head_dim, n_groups=c.groups)
         return own | dict(
             hidden_size=c.dim, num_hidden_layers=c.layers, state_size=c.state, expand=c.expand, conv_kernel=c.conv,
             vocab_size=len(self.backbone.embeddings.weight), layer_norm_epsilon=1e-5, hidden_act="silu", use_bias=False,
-            use_conv_bias=True, residual_in_fp32=True, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+            use_conv_bias=True, residual_in_fp32=True, tie_word_embeddings=True,
+            bos_token_id=0, eos_token_id=0, pad_token_id=0,
         )  # fmt: skip
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
-        """source: a folder or hub name in the original or the Hugging Face form; overrides: Config fields such as seq."""
+        """source: a folder or hub name in the original or Hugging Face form; overrides: Config fields such as seq."""
         path = find_checkpoint(HUB.get(source, source))
         config, tensors = read_checkpoint(path)
         ssm = config.get("ssm_cfg") or {}
         try:
             if "d_model" in config:  # the original: what ssm_cfg does not name has the default of its class
-                cfg = Config(version=2 if ssm.get("layer") == "Mamba2" else 1, layers=config["n_layer"], dim=config["d_model"])
-                names = dict(state="d_state", expand="expand", conv="d_conv", dt_rank="dt_rank", head_dim="headdim", groups="ngroups")
+                cfg = Config(version=2 if ssm.get("layer") == "Mamba2" else 1,
+                             layers=config["n_layer"], dim=config["d_model"])
+                names = dict(state="d_state", expand="expand", conv="d_conv",
+                             dt_rank="dt_rank", head_dim="headdim", groups="ngroups")
                 sizes = {k: ssm[v] for k, v in names.items() if ssm.get(v, "auto") != "auto"}
-                cfg = dataclasses.replace(cfg, vocab=config["vocab_size"], vocab_multiple=config.get("pad_vocab_size_multiple", 8), **sizes)
+                cfg = dataclasses.replace(cfg, vocab=config["vocab_size"],
+                                          vocab_multiple=config.get("pad_vocab_size_multiple", 8), **sizes)
             else:
-                cfg = Config(version={"mamba": 1, "mamba2": 2}[config["model_type"]], layers=config["num_hidden_layers"], dim=config["hidden_size"])
-                names = dict(state="state_size", expand="expand", conv="conv_kernel", head_dim="head_dim", groups="n_groups", vocab="vocab_size")
+                cfg = Config(version={"mamba": 1, "mamba2": 2}[config["model_type"]],
+                             layers=config["num_hidden_layers"], dim=config["hidden_size"])
+                names = dict(state="state_size", expand="expand", conv="conv_kernel",
+                             head_dim="head_dim", groups="n_groups", vocab="vocab_size")
                 names |= dict(dt_rank="time_step_rank") if cfg.version == 1 else {}
                 sizes = {k: config[v] for k, v in names.items() if config.get(v, "auto") != "auto"}
                 cfg = dataclasses.replace(cfg, vocab_multiple=1, **sizes)
         except KeyError as e:
             bad(f"{path}: config.json has no {e}, or another value than a Mamba's")
+        # transformers writes infinity as {"__float__": "Infinity"}
         plain = lambda v: [float(u["__float__"]) if isinstance(u, dict) else u for u in v] if isinstance(v, list) else v
         for key, value in SAME.items():
-            if (found := plain((config | ssm).get(key, value))) != value:  # transformers writes infinity as {"__float__": "Infinity"}
+            if (found := plain((config | ssm).get(key, value))) != value:
                 bad(f"{path}: {key} = {found!r} in config.json; this file has {value!r}")
         model = cls(dataclasses.replace(cfg, **overrides))
         # the original writes embedding for embeddings; the tied head may be there or not
@@ -443,9 +459,9 @@ class Model(nn.Module):
 
 # what the originals' and transformers' configurations offer beside these models
 SAME = dict(
-    d_intermediate=0, attn_layer_idx=[], rms_norm=True, tie_embeddings=True, tie_word_embeddings=True, hidden_act="silu", use_bias=False,
-    use_conv_bias=True, layer_norm_epsilon=1e-5, time_step_limit=[0.0, math.inf], dt_limit=[0.0, math.inf], D_has_hdim=False,
-    bias=False, conv_bias=True, norm_before_gate=False, rmsnorm=True,
+    d_intermediate=0, attn_layer_idx=[], rms_norm=True, tie_embeddings=True, tie_word_embeddings=True,
+    hidden_act="silu", use_bias=False, use_conv_bias=True, layer_norm_epsilon=1e-5, time_step_limit=[0.0, math.inf],
+    dt_limit=[0.0, math.inf], D_has_hdim=False, bias=False, conv_bias=True, norm_before_gate=False, rmsnorm=True,
 )  # fmt: skip
 HUB = {n: f"state-spaces/{n}" for n in "mamba-130m mamba-370m mamba-790m mamba-1.4b mamba-2.8b".split()}
 HUB |= {n: f"state-spaces/{n}" for n in "mamba2-130m mamba2-370m mamba2-780m mamba2-1.3b mamba2-2.7b".split()}
@@ -473,7 +489,7 @@ def flag(name):
 
 
 def parse(argv=None):
-    """The flags are the fields of Config, their help the comments there. Returns (the preset's values, the flags given)."""
+    """The flags are Config's fields, their help the comments there. -> (the preset's values, the flags given)."""
     notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(Config), re.M))
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     p.error = bad
@@ -500,13 +516,15 @@ def parse(argv=None):
 
 # ----- data (shared) -----
 class Tokenizer:
-    """encode: str -> array of ids, decode: ids -> str. kind: char | byte | gpt2 | a tokenizer.json, or its hub name | a RWKV vocabulary."""
+    """encode: str -> array of ids, decode: ids -> str.
+    kind: char | byte | gpt2 | a tokenizer.json, or its hub name | a RWKV vocabulary."""
 
     def __init__(self, kind, chars=""):
         self.kind, self.chars = kind, chars  # chars: the sorted characters of kind char; an id is a place among them
         try:
             if kind == "char":
-                self.vocab, self.encode, self.decode = len(chars), self.places, lambda ids: "".join(chars[i] for i in ids)
+                self.vocab, self.encode, self.decode = (len(chars), self.places,
+                                                        lambda ids: "".join(chars[i] for i in ids))
             elif kind == "byte":
                 self.vocab, self.encode = 256, lambda text: np.frombuffer(text.encode(), np.uint8)
                 self.decode = lambda ids: bytes(ids).decode(errors="replace")
@@ -519,7 +537,8 @@ class Tokenizer:
             elif kind.endswith(".json") or re.fullmatch(r"[\w.-]+/[\w.-]+", kind) and not Path(kind).exists():
                 import tokenizers
 
-                hf = (tokenizers.Tokenizer.from_file if kind.endswith(".json") else tokenizers.Tokenizer.from_pretrained)(kind)
+                hf = (tokenizers.Tokenizer.from_file if kind.endswith(".json")
+                      else tokenizers.Tokenizer.from_pretrained)(kind)
                 self.vocab, self.decode = hf.get_vocab_size(), hf.decode
                 self.encode = lambda text: np.array(hf.encode(text, add_special_tokens=False).ids, np.int64)
             elif Path(kind).is_file():  # RWKV: each line is an id, the token as a Python literal, and its length
@@ -538,7 +557,8 @@ class Tokenizer:
         known, codes = np.array([ord(c) for c in self.chars]), np.frombuffer(text.encode("utf-32-le"), "<u4")
         ids = np.searchsorted(known, codes).clip(max=len(known) - 1)
         if (wrong := codes[known[ids] != codes]).size:
-            bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); --tok byte knows every text")
+            bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); "
+                "--tok byte knows every text")
         return ids
 
     def longest(self, text):  # greedy: the longest word that the text goes on with
@@ -551,7 +571,7 @@ class Tokenizer:
 
 
 class Stream:
-    """The tokens of one split: shards end to end. A window of seq + 1 tokens never crosses from one shard into the next."""
+    """The tokens of one split: shards end to end. A window of seq + 1 tokens never crosses the end of a shard."""
 
     def __init__(self, shards, cfg, name):
         self.shards = [s for s in shards if len(s) > cfg.seq]
@@ -559,7 +579,8 @@ class Stream:
         if not self.shards:
             bad(f"--seq {cfg.seq}: {self.name} has only {max(map(len, shards), default=0):,} tokens in a piece")
         self.seq, self.vocab, self.tokens = cfg.seq, cfg.vocab, sum(map(len, shards))
-        self.first = np.cumsum([0] + [len(s) - cfg.seq for s in self.shards])  # number of each shard's first window, and of all
+        # the number of each shard's first window, and at the end that of all windows
+        self.first = np.cumsum([0] + [len(s) - cfg.seq for s in self.shards])
 
     def windows(self, numbers):
         """Window numbers (n) -> inputs and targets (n, seq) int64; a target is the token after its input."""
@@ -569,7 +590,8 @@ class Stream:
             rows.append(self.shards[s][i - self.first[s] :][: self.seq + 1])
         w = torch.from_numpy(np.stack(rows).astype(np.int64))
         if w.max() >= self.vocab:
-            bad(f"{self.name}: token id {w.max()} is outside the vocabulary of {self.vocab}; --tok must be the data's own")
+            bad(f"{self.name}: token id {w.max()} is outside the vocabulary of {self.vocab}; "
+                "--tok must be the data's own")
         return w[:, :-1].contiguous(), w[:, 1:].contiguous()
 
     def batch(self, cfg, step, micro, rank, world):
@@ -589,7 +611,7 @@ class Stream:
 
 
 def shard(path):
-    """Memory-mapped tokens of nanoGPT's .bin (no header, uint16, uint32 above 65,536 words) or llm.c's (header of 1024 bytes)."""
+    """nanoGPT's .bin (no header, uint16, uint32 above 65,536 words) or llm.c's (1024-byte header) -> mapped tokens."""
     head = np.fromfile(path, "<i4", 256)
     if len(head) == 256 and head[0] in (20240520, 20240801):
         tokens = np.memmap(path, "<u2" if head[0] == 20240520 else "<u4", "r", offset=1024)
@@ -609,7 +631,7 @@ class PlainPickle(pickle.Unpickler):
 
 
 def prepared(cfg, given, tok):
-    """The folder of a set in data/, made by data/<name>.py the first time. Without a network stdlib stands in for the default."""
+    """The folder of a set in data/, made once by data/<name>.py. Without a network stdlib stands in for the default."""
     script = Path(__file__).parent / "data" / f"{cfg.data}.py"
     kind = cfg.tok or re.search(r'^NAME, TOK = "\w+", "(\w+)"', script.read_text(), re.M).group(1)
     folder = script.with_suffix("") / kind
@@ -626,11 +648,12 @@ def prepared(cfg, given, tok):
 
 
 def load_text(cfg, given, tok):
-    """-> (training Stream, validation Stream, Tokenizer); sets cfg.tok and cfg.vocab. tok: a checkpoint's, which must fit."""
+    """-> training and validation Stream, Tokenizer; sets cfg.tok and cfg.vocab. tok: a checkpoint's, which must fit."""
     folder, text = Path(__file__).parent / "data", None
     cfg.tok = cfg.tok or (tok.kind if tok else "")
     if not folder.is_dir() and cfg.data in ("shakespeare", "stdlib") and "data" not in given:  # this file alone
-        print("!!! no data/ beside this file: training on the source of Python's own library; --data my.txt for your text")
+        print("!!! no data/ beside this file: training on the source of Python's own library; "
+              "--data my.txt for your text")
         root = Path(sysconfig.get_paths()["stdlib"])
         text = "\n".join(f.read_text(errors="replace") for f in sorted([*root.glob("*.py"), *root.glob("*/*.py")]))
         cfg.data, cfg.tok = "stdlib", "byte"
@@ -656,7 +679,8 @@ def load_text(cfg, given, tok):
         files = [f for f in files if f.suffix == ".bin"]
         if not files:
             names = ", ".join(sorted(texts))
-            bad(f"--data {cfg.data}: no .txt, .jsonl, folder or glob of .bin shards" + (f", nor one of {names}" if names else ""))
+            bad(f"--data {cfg.data}: no .txt, .jsonl, folder or glob of .bin shards"
+                + (f", nor one of {names}" if names else ""))
         meta, old = files[0].parent / "meta.json", files[0].parent / "meta.pkl"
         kind, chars = cfg.tok or "gpt2", ""
         try:
@@ -669,10 +693,12 @@ def load_text(cfg, given, tok):
         except Exception as e:  # JSON and pickle have many
             bad(f"{files[0].parent}: meta.json or meta.pkl is damaged ({e})")
         if tok and (tok.kind, tok.chars) != (kind, chars) or cfg.tok and cfg.tok != kind:
-            bad(f"--data {cfg.data}: its tokens are {kind}, but {tok.kind if tok else cfg.tok} is asked for, or other characters")
+            bad(f"--data {cfg.data}: its tokens are {kind}, but {tok.kind if tok else cfg.tok} is asked for, "
+                "or other characters")
         cfg.tok, tok = kind, tok or Tokenizer(kind, chars)
         val = [f for f in files if "val" in f.name]
-        parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name], val=[shard(f) for f in val])
+        parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name],
+                     val=[shard(f) for f in val])
         if not val:  # shards without a split: the last tenth of the last one
             *rest, last = parts["train"]
             parts = dict(train=[*rest, last[: len(last) * 9 // 10]], val=[last[len(last) * 9 // 10 :]])
@@ -705,10 +731,11 @@ def schedule(step, cfg):
 
 # ----- optimizer (shared) -----
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step, 0.2 sqrt(max(m, n)) (Liu et al. 2025, arXiv:2502.16982).
+    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step (Liu et al. 2025, arXiv:2502.16982).
 
-    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1. torch.optim.Muon
-    does it in bf16, which a CPU without bf16 units does at 1/100 of its speed; here in fp32 there, matrices of a shape at once.
+    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1; a step is
+    0.2 sqrt(max(m, n)) X. torch.optim.Muon iterates in bf16, which a CPU without bf16 units does at 1/100 of its
+    speed; here in fp32 there, matrices of a shape at once.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -723,10 +750,10 @@ class Muon(torch.optim.Optimizer):
                     shapes.setdefault(p.shape, []).append(p)
                     self.state[p].setdefault("momentum", torch.zeros_like(p))
             for shape, ps in shapes.items():
-                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row makes a channel
+                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row a channel
                 grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
                 torch._foreach_lerp_(M, grads, 1 - group["momentum"])
-                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov's look ahead
+                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov momentum
                 X = X.bfloat16() if X.is_cuda else X
                 X = X.mT if m > n else X
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -735,7 +762,8 @@ class Muon(torch.optim.Optimizer):
                     X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
                 X = X.mT if m > n else X
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
+                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)),
+                                    alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
 
 
 def make_optimizers(model, cfg):
@@ -769,7 +797,7 @@ def swap(optimizers):
 
 
 def set_lr(optimizers, step, cfg):
-    """lr and weight decay of this step: what the groups began with, times schedule(); a group's lr_scale multiplies its lr."""
+    """lr and weight decay of this step: the initial ones times schedule(); a group's lr_scale multiplies its lr."""
     lr, wd = schedule(step, cfg)
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"], group["weight_decay"] = cfg.lr * lr * group["lr_scale"], group["wd"] * wd
@@ -781,7 +809,7 @@ def set_lr(optimizers, step, cfg):
 
 # ----- checkpoint (shared) -----
 def write_file(path, write):
-    """write(a temporary path), onto the disk, rename: at any instant path is the whole old file or the whole new one."""
+    """write(a temporary path), onto the disk, rename: at any instant path is the whole old or the whole new file."""
     tmp = f"{path}.tmp"
     write(tmp)
     with open(tmp, "rb") as f:
@@ -795,11 +823,12 @@ def write_weights(folder, tensors, config, name="model", new="", step=None):
     config_name = "adapter_config.json" if name == "adapter_model" else "config.json"
     write_file(f"{folder}/{config_name}", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
     tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
-    write_file(f"{folder}/{name}.safetensors{new}", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
+    write_file(f"{folder}/{name}.safetensors{new}",
+               lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
 
 
 def find_checkpoint(source):
-    """A folder, a file, or a model's name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
+    """A folder, a file, or a name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
     if Path(source).exists():
         return Path(source)
     try:
@@ -808,13 +837,15 @@ def find_checkpoint(source):
         if len(parts := source.split("/")) > 2:
             return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
         path = Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
-        return path if [*path.glob("*.safetensors")] else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"]))
+        return (path if [*path.glob("*.safetensors")]
+                else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"])))
     except Exception as e:  # no such name, no network, no library
-        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); a hub name is owner/name")
+        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); "
+            "a hub name is owner/name")
 
 
 def read_checkpoint(path):
-    """A folder, or a weights file in one -> (config.json as a dict, tensors by name). Only plain tensors are ever unpickled."""
+    """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
     folder = path if path.is_dir() else path.parent
     try:
         config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
@@ -823,10 +854,12 @@ def read_checkpoint(path):
         elif index.is_file():
             files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         else:
-            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file() else "pytorch_model.bin")]
+            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file()
+                               else "pytorch_model.bin")]
         tensors = {}
         for f in files:
-            tensors |= load_file(f) if f.suffix == ".safetensors" else torch.load(f, map_location="cpu", weights_only=True)
+            tensors |= (load_file(f) if f.suffix == ".safetensors"
+                        else torch.load(f, map_location="cpu", weights_only=True))
         return config, tensors
     except FileNotFoundError as e:
         bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
@@ -853,7 +886,8 @@ def sharded(cfg):
 
 
 def save(cfg, model, optimizers, tok, step, best):
-    """The run's folder. Both large files are whole on the disk before the first rename, which decides (load_run ends the second)."""
+    """The run's folder. Both large files are whole on the disk before the first rename, which decides
+    (load_run ends the second)."""
     weights, states = model.state_dict, [o.state_dict for o in optimizers]
     if cfg.fsdp:
         D, how = sharded(cfg)
@@ -878,7 +912,7 @@ def load_run(out):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for new in Path(out).rglob("*.safetensors.new"):
-            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of train_state.pt's step here
+            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of state's step here
                 if f.metadata()["step"] == str(state["step"]):
                     os.replace(new, new.with_suffix(""))
         return state
@@ -914,7 +948,7 @@ def pick_device(cfg):
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    elif sys.platform == "linux":  # glibc: keep freed memory for the next step instead of returning its pages, 4 to 8% of a step
+    elif sys.platform == "linux":  # glibc: keep freed pages for the next step, which saves 4 to 8% of it
         ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
     if "RANK" in os.environ:
@@ -923,7 +957,7 @@ def pick_device(cfg):
 
 
 def bf16_pays(device, model, batch):
-    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if they are faster, a whole micro-step."""
+    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if faster, a whole micro-step."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False), "auto"
 
@@ -947,7 +981,7 @@ def bf16_pays(device, model, batch):
 
 @torch.no_grad()
 def evaluate(model, stream, cfg, device, cast):
-    """Mean loss over the split's fixed windows. Every process does them all, so that the number does not depend on how many."""
+    """Mean loss over the split's fixed windows. Every process does them all, so it does not depend on how many."""
     model.eval()
     total, numbers = 0.0, stream.fixed(cfg)
     for i in range(0, len(numbers), cfg.batch):
@@ -959,7 +993,7 @@ def evaluate(model, stream, cfg, device, cast):
 
 
 def train(cfg, given, model, tok, state):
-    """model, tok: from a checkpoint, or None; state: load_run()'s of the run that goes on, or None. Returns the last val loss."""
+    """model, tok: of a checkpoint, or None; state: load_run()'s of the run that goes on, or None. -> last val loss."""
     device, rank, world = pick_device(cfg)
     say = print if rank == 0 else lambda *a, **k: None
     if rank:
@@ -995,7 +1029,8 @@ def train(cfg, given, model, tok, state):
     step, best, val, rows = 0, math.inf, None, []
     if state:
         step, best, val = state["step"], state["best"], None
-        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline="")) if r and r[0].isdigit() and int(r[0]) <= step]
+        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline=""))
+                if r and r[0].isdigit() and int(r[0]) <= step]
         for o, s in zip(optimizers, state["optimizers"]):
             if cfg.fsdp:
                 D, how = sharded(cfg)
@@ -1010,10 +1045,13 @@ def train(cfg, given, model, tok, state):
     per_step, params = cfg.batch * cfg.accum * seq, [p for p in model.parameters() if p.requires_grad]
     ops = sys.modules.get("kernels.norm")
     form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
-    about = train_data.about() if unit != "token" else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}"
+    about = (train_data.about() if unit != "token"
+             else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}")
     say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {about}")
-    say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | {cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
-    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | {form}{' | compiled' * cfg.compile}")
+    say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | "
+        f"{cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
+    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | "
+        f"{form}{' | compiled' * cfg.compile}")
 
     log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
     log.writerows([("step", f"{unit}s", "seconds", "loss", "val", "lr", "norm", f"{unit[:3]}_s"), *rows])
@@ -1053,7 +1091,8 @@ def train(cfg, given, model, tok, state):
         if not (due or step % cfg.log_every == 0 or step == begun + 1 or device.type == "cpu"):
             continue  # from here on the GPU is waited for
         if wrong.item() >= 0:
-            good = "no checkpoint yet" if saved is None else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})"
+            good = ("no checkpoint yet" if saved is None
+                    else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})")
             bad(f"step {wrong.item()}: the loss is not finite; {good}; a smaller --lr helps")
         if due:
             swap(optimizers)
@@ -1072,7 +1111,8 @@ def train(cfg, given, model, tok, state):
             left = (now - start) / (step - begun) * (cfg.steps - step)
             peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mb()
             v = repr(val) if due and not halt else ""
-            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr, repr(norm.item()), f"{speed:.0f}"))
+            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr,
+                          repr(norm.item()), f"{speed:.0f}"))
             shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
             say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
                 f"{speed:,.0f} {unit[:3]}/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
@@ -1080,11 +1120,12 @@ def train(cfg, given, model, tok, state):
         say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
     else:
         swap(optimizers)
-        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended before has none yet
-        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, after {before + time.perf_counter() - start:.0f} s of training")
+        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended has none yet
+        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, "
+            f"after {before + time.perf_counter() - start:.0f} s of training")
         if not cfg.fsdp and rank == 0:
             show(cfg, model, tok, val_data.start())
-        say(f"the weights, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample \"...\"")
+        say(f'the weights, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample "..."')
     if "RANK" in os.environ:
         dist.destroy_process_group()
     return val
@@ -1119,7 +1160,7 @@ def generate(model, tokens, cfg):
     model.eval()
     generator = torch.Generator(tokens.device).manual_seed(cfg.seed)
     limit = model.context or math.inf  # a recurrent model has none
-    seen, new, held, state, stop = tokens, tokens, 0, model.init_state(1), getattr(model, "stop", ())  # ids that end an answer
+    seen, new, held, state, stop = tokens, tokens, 0, model.init_state(1), getattr(model, "stop", ())  # end-of-text ids
     for _ in range(cfg.tokens):
         if held + new.shape[1] > limit:  # the context is full: begin again with its later half
             held, new, state = 0, seen[:, -max(1, limit // 2) :], model.init_state(1)
@@ -1156,7 +1197,7 @@ def sample(cfg, model, tok):
     show(cfg, model, tok, tok.encode(cfg.sample))
 
 
-SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from, and flags that ask something of it
+SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from; flags that ask something of it
 ACTIONS = dict(sample=sample)
 
 
@@ -1172,15 +1213,18 @@ def main(argv=None):
     if given.get("resume") or action and not origin:
         state, wanted = load_run(out), "resume" if given.get("resume") else action
         if origin or state is None and (wanted == "resume" or not Path(out, "config.json").is_file()):
-            reason = f"{flag(origin)} starts another run: one of the two" if origin else f"no run in {out}; --out names its folder"
+            reason = (f"{flag(origin)} starts another run: one of the two" if origin
+                      else f"no run in {out}; --out names its folder")
             bad(f"{flag(wanted)}: {reason}")
-        kept = {k: v for k, v in (state or {}).get("config", {}).items() if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
+        kept = {k: v for k, v in (state or {}).get("config", {}).items()
+                if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
         origin, source, preset = "init", out, preset | kept | dict(out=out)
     else:
         origin = origin or next((k for k in SOURCES if preset.get(k)), None)
         source = (preset | given).get(origin)
     if source:
-        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items() if k not in SOURCES and (k in given or k not in SIZES)})
+        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items()
+                                           if k not in SOURCES and (k in given or k not in SIZES)})
         source = source if isinstance(source, str) else source[0]
         tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), getattr(model.cfg, "vocab", 0))
         preset |= {k: getattr(model.cfg, k) for k in SIZES}

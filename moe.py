@@ -1,25 +1,26 @@
 """
-MoE: a Transformer whose MLPs are mixtures of experts        Shazeer et al. 2017, arXiv:1701.06538; Jiang et al. 2024, "Mixtral
-                                                             of Experts", arXiv:2401.04088v1; xAI's Grok-1 by its numbers
+MoE: a Transformer whose MLPs are mixtures of experts      Shazeer et al. 2017, arXiv:1701.06538;
+                                                           Jiang et al. 2024, "Mixtral of Experts", arXiv:2401.04088v1;
+                                                           xAI's Grok-1 by its numbers
 
-Special: each layer has E MLPs, the experts, and each token runs through K of them. A router, one row of weights per expert, says
-which: 8 experts, 2 a token, is 4 times the parameters of the dense model at the same work for a token.
-    p       = softmax(W_g h) over the E experts                       h = RMSNorm(x), all in fp32
-    x      += sum over the K largest of p'_e MLP_e(h)                 p' = p / their sum (Mixtral), or p itself (Grok-1)
-    MLP_e   = w2_e (act(w1_e h) * w3_e h)                             act = silu, or gelu
-    loss   += aux E sum_e f_e P_e                                     f_e = share of choices, P_e = mean p: even loads (Fedus et
-            + z mean(logsumexp(W_g h)^2)                              al. 2021, arXiv:2101.03961, eq. 4); small logits (ST-MoE)
-No token is dropped and nothing is padded: tokens are sorted by expert, and each product has as many rows as it has tokens.
-Around it a Llama decoder: RMSNorm, rotary positions, grouped key and value heads; in Grok-1 a soft cap on the attention's scores,
-norms after attention and experts too, and factors on embedding and output.
+Special: each layer has E MLPs, the experts, and each token runs through K of them. A router, one row of weights per
+expert, says which: 8 experts, 2 a token, is 4 times the parameters of the dense model at the same work for a token.
+    p       = softmax(W_g h) over the E experts             h = RMSNorm(x), all in fp32
+    x      += sum over the K largest of p'_e MLP_e(h)       p' = p / their sum (Mixtral), or p itself (Grok-1)
+    MLP_e   = w2_e (act(w1_e h) * w3_e h)                   act = silu, or gelu
+    loss   += aux E sum_e f_e P_e                           f_e = share of choices, P_e = mean p: even loads (Fedus et
+            + z mean(logsumexp(W_g h)^2)                    al. 2021, arXiv:2101.03961, eq. 4); small logits (ST-MoE)
+No token is dropped and nothing is padded: tokens are sorted by expert, and each product has as many rows as it has
+tokens. Around it a Llama decoder: RMSNorm, rotary positions, grouped key and value heads; in Grok-1 a soft cap on the
+attention's scores, norms after attention and experts too, and factors on embedding and output.
 
 Run:     python moe.py                                          trains on tiny Shakespeare, then prints a sample
          python moe.py --experts 1 --top-k-experts 1 --ffn-dim N       its dense twin
          python moe.py --show-routing "To be, or not to be"     each token in its experts' colours, and a picture
-         python moe.py --init mistralai/Mixtral-8x7B-v0.1 --sample "..."    Mixtral or Grok-1: any Hugging Face folder or name
-         python moe.py --upcycle DENSE                          experts that start as copies of a Llama's or Mistral's MLPs
-         python moe.py --merge A B C --prompts FILE             experts that are the MLPs of A, B, C; a blank line in FILE ends the
-                                                                prompts of one; gates from hidden states, as mergekit-moe's
+         python moe.py --init mistralai/Mixtral-8x7B-v0.1 --sample "..."  Mixtral, Grok-1: a Hugging Face folder or name
+         python moe.py --upcycle DENSE                          experts begin as copies of a Llama's or Mistral's MLPs
+         python moe.py --merge A B C --prompts FILE             experts: the MLPs of A, B, C; a blank line in FILE ends
+                                                                one's prompts; gates from hidden states (mergekit-moe)
          torchrun --nproc_per_node=2 moe.py                     the same run on two GPUs
 Expect:  validation losses and minutes are in bench/RESULTS.md, each with its command.
 Alone:   this file needs PyTorch, numpy and safetensors (pillow for the picture); with kernels/ beside it, it is faster.
@@ -68,7 +69,7 @@ try:
 except ModuleNotFoundError:  # this file alone: the same operations in plain PyTorch
 
     def expert_mlp(x, w13, w2, chosen, weights, act="silu"):
-        """sum_k weights_nk MLP_chosen_nk(x_n): x (N, C), w13 (E, 2F, C), w2 (E, C, F), chosen, weights (N, K) -> (N, C)."""
+        """sum_k weights_k MLP_chosen_k(x): x (N, C), w13 (E, 2F, C), w2 (E, C, F), chosen, weights (N, K) -> (N, C)."""
         order = chosen.flatten().argsort(stable=True)  # (N K): the choices, sorted by expert
         sizes = chosen.flatten().bincount(minlength=len(w2)).tolist()
         rows = []
@@ -82,13 +83,14 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
         Tq, Tk = q.shape[2], k.shape[2]
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
         if not softcap:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if 1 < Tq < Tk else None, is_causal=Tq == Tk, enable_gqa=True)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if 1 < Tq < Tk else None,
+                                                  is_causal=Tq == Tk, enable_gqa=True)
         k, v = (u.repeat_interleave(q.shape[1] // u.shape[1], 1) for u in (k, v))
         s = softcap * torch.tanh((q @ k.mT).float() / (softcap * q.shape[3] ** 0.5))
         return s.masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype) @ v
 
     def linear_cross_entropy(x, w, targets, ignore_index=-1):
-        """mean of -log softmax(x w^T)[target]; 2048 rows at a time, and again in backward, so that the logits are never whole."""
+        """mean of -log softmax(x w^T)[target], 2048 rows at a time, again in backward: the logits are never whole."""
         x, targets = x.flatten(0, -2), targets.flatten()
         total = x.new_zeros((), dtype=torch.float32)
         for xs, ts in zip(x.split(2048), targets.split(2048)):
@@ -108,7 +110,7 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
         s = x + r
         return rms_norm(s, w, eps), s
 
-    def rope(x, cos, sin):  # x (B, T, H, D): the pairs (x_j, x_(j + D/2)) turned by their position's angle; cos, sin (T, D/2)
+    def rope(x, cos, sin):  # x (B, T, H, D): pairs (x_j, x_{j + D/2}) turned by the position's angle; cos, sin (T, D/2)
         (a, b), cos, sin = x.chunk(2, -1), cos[:, None], sin[:, None]
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
@@ -128,19 +130,19 @@ class Config:
     positions: int = 0  # longest sequence that is sampled; 0: as --seq
     eps: float = 1e-5  # of RMSNorm
     theta: float = 1e6  # base of the rotary frequencies
-    renorm: bool = True  # the K weights sum to 1, as softmax over the chosen K logits does (Mixtral); else over all E (Grok-1)
+    renorm: bool = True  # the K weights sum to 1: softmax over the chosen K logits (Mixtral); else over all E (Grok-1)
     act: str = "silu"  # silu | gelu (Grok-1)
     softcap: float = 0.0  # attention's scores stay within +- this (Grok-1: 30); 0: no cap
     sandwich: bool = False  # norms after attention and experts too (Grok-1)
     embed_mult: float = 1.0  # factor on the embedding (Grok-1: sqrt(C))
     logit_mult: float = 1.0  # factor on the logits (Grok-1: 1 / sqrt(3))
     tied: bool = False  # the head is the embedding
-    bias_rate: float = 0.0  # loss-free balancing: step of a bias on the choice of experts, say 0.001 with --aux 0; 0: none
+    bias_rate: float = 0.0  # loss-free balancing: step of a bias on the choice, say 0.001 with --aux 0; 0: none
     # the run
     preset: str = ""  # sizes and schedule together; default: cpu without a GPU, gpu with one
     aux: float = 0.01  # weight of the load-balancing loss
     z: float = 0.001  # weight of the router's z-loss
-    capacity: float = 0.0  # in training an expert takes at most this times N K / E choices, the rest is dropped; 0: it takes all
+    capacity: float = 0.0  # an expert takes at most this times N K / E choices in training, the rest is dropped; 0: all
     seq: int = 256  # context length T in training
     data: str = "shakespeare"  # name in data/, .txt or .jsonl file, folder or glob of token shards (nanoGPT's, llm.c's)
     tok: str = ""  # char | byte | gpt2 | a tokenizer.json | a RWKV vocabulary file; default: what suits the data
@@ -185,17 +187,20 @@ class Config:
 
 MIXTRAL = dict(vocab=32000, positions=32768, seq=2048, batch=1, ckpt=True, optim="adamw8bit", lr=1e-5, warmup=100)
 PRESETS = {
-    "cpu": dict(layers=4, heads=3, dim=96, ffn_dim=128, seq=128, batch=16, steps=1000, lr=1e-2, optim="muon", eval_every=500),
+    "cpu": dict(layers=4, heads=3, dim=96, ffn_dim=128, seq=128,
+                batch=16, steps=1000, lr=1e-2, optim="muon", eval_every=500),
     # a character model for one 12 GB GPU
-    "gpu": dict(layers=6, heads=6, dim=384, ffn_dim=512, seq=256, batch=64, steps=5000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99),
+    "gpu": dict(layers=6, heads=6, dim=384, ffn_dim=512, seq=256,
+                batch=64, steps=5000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99),
     # 0.3B of which 0.1B work for a token, on one 12 GB GPU
-    "300M": dict(layers=12, heads=12, kv_heads=4, dim=768, ffn_dim=1024, seq=1024, tok="gpt2", data="openwebtext", batch=8, accum=60,
-                 steps=100_000, lr=6e-4, lr_end=0.1, warmup=2000, eval_every=1000),
+    "300M": dict(layers=12, heads=12, kv_heads=4, dim=768, ffn_dim=1024, seq=1024, tok="gpt2", data="openwebtext",
+                 batch=8, accum=60, steps=100_000, lr=6e-4, lr_end=0.1, warmup=2000, eval_every=1000),
     # the official sizes; they need many GPUs
     "8x7B": dict(layers=32, heads=32, kv_heads=8, dim=4096, ffn_dim=14336, **MIXTRAL),
     "8x22B": dict(layers=56, heads=48, kv_heads=8, dim=6144, ffn_dim=16384, **MIXTRAL | dict(positions=65536)),
-    "grok-1": dict(layers=64, heads=48, kv_heads=8, dim=6144, ffn_dim=32768, theta=1e4, renorm=False, act="gelu", softcap=30.0, sandwich=True,
-                   embed_mult=78.38367176906169, logit_mult=0.5773502691896257, tied=True, **MIXTRAL | dict(vocab=131072, positions=8192)),
+    "grok-1": dict(layers=64, heads=48, kv_heads=8, dim=6144, ffn_dim=32768, theta=1e4, renorm=False, act="gelu",
+                   softcap=30.0, sandwich=True, embed_mult=78.38367176906169, logit_mult=0.5773502691896257,
+                   tied=True, **MIXTRAL | dict(vocab=131072, positions=8192)),
 }  # fmt: skip
 
 
@@ -250,8 +255,8 @@ class Router(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(cfg.experts))
 
     def forward(self, h, bias):
-        """h (N, C), bias (E,) or None -> experts and their weights (N, K), and what the losses and the log need: the choices per
-        expert and the sum of p (E,), sum of logsumexp^2, sum of the entropies of p, choices dropped."""
+        """h (N, C), bias (E,) or None -> experts and their weights (N, K), and what the losses and the log need: the
+        choices per expert and the sum of p (E,), sum of logsumexp^2, sum of the entropies of p, choices dropped."""
         logits = F.linear(h, self.weight).float()  # (N, E)
         lse = logits.logsumexp(-1)
         p = (logits - lse[:, None]).exp()
@@ -268,7 +273,7 @@ class Router(nn.Module):
         return chosen, weights, (load, p.sum(0), lse.square().sum(), entropy, dropped)
 
     def drop(self, chosen, weights, load):
-        """An expert takes its first choices only: first those of all tokens whose first choice it is, in the order of the tokens."""
+        """An expert takes its first choices only: first those of tokens whose first choice it is, in their order."""
         most = math.ceil(self.capacity * chosen.numel() / len(load))
         flat = chosen.t().flatten()  # (K N)
         order = flat.argsort(stable=True)
@@ -331,7 +336,9 @@ class Model(nn.Module):
         for name in ("kv_heads", "top_k_experts"):
             n, whole = getattr(cfg, name), cfg.heads if name == "kv_heads" else cfg.experts
             if n > whole or name == "kv_heads" and whole % n:
-                bad(f"{flag(name)} {n}: {f'--heads {whole} must be divisible by it' if name == 'kv_heads' else f'there are --experts {whole}'}")
+                bad(f"{flag(name)} {n}: "
+                    f"""{f'--heads {whole} must be divisible by it' if name == 'kv_heads'
+                         else f'there are --experts {whole}'}""")
         if cfg.head_dim % 2 or cfg.head_dim * cfg.heads < cfg.dim:
             bad(f"--heads {cfg.heads}: --dim {cfg.dim} must be divisible by twice that (pairs are rotated)")
         if cfg.act not in ("silu", "gelu"):
@@ -351,8 +358,8 @@ class Model(nn.Module):
         return (self.model.embed_tokens if self.cfg.tied else self.lm_head).weight
 
     def blocks(self, tokens, caches=None, t=0, inputs=None):
-        """tokens (B, T) at positions t..t+T-1 -> the normed stream (B, T, C), each layer's counts. inputs: a list that gets what
-        goes into each layer."""
+        """tokens (B, T) at positions t..t+T-1 -> the normed stream (B, T, C), each layer's counts. inputs: a list
+        that gets what goes into each layer."""
         c, layers = self.cfg, self.model.layers
         angle = torch.arange(t, t + tokens.shape[1], device=tokens.device)[:, None] * frequencies(c).to(tokens.device)
         cos, sin, all_counts = angle.cos(), angle.sin(), []  # (T, D / 2)
@@ -372,8 +379,8 @@ class Model(nn.Module):
         return x * c.logit_mult if c.logit_mult != 1 else x, all_counts
 
     def forward(self, tokens, targets=None):
-        """tokens (B, T) -> logits (B, T, V); with targets (B, T), where -1 is ignored: the mean loss, a fp32 scalar, in training
-        with the router's losses."""
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T), where -1 is ignored: the mean loss, a fp32 scalar,
+        in training with the router's losses."""
         x, counts = self.blocks(tokens)
         if targets is None:
             return linear(x, self.head())
@@ -381,17 +388,18 @@ class Model(nn.Module):
         return loss + self.router_losses(counts, tokens.numel()) if self.training else loss
 
     def router_losses(self, counts, N):
-        """aux E sum_e f_e P_e + z mean(logsumexp^2), f and P over all layers and tokens, as transformers' Mixtral takes them."""
+        """aux E sum_e f_e P_e + z mean(logsumexp^2), f, P over all layers and tokens as in transformers' Mixtral."""
         c = self.cfg
         load, p, z, entropy, dropped = (torch.stack(u) for u in zip(*counts))  # (L, E), (L, E), (L,), (L,), (L,)
         if self.spread:  # the loads of the whole batch: any number of processes computes the same loss
             dist.all_reduce(load)
         share = load / load.sum(1, keepdim=True)
-        balance = c.experts * c.top_k_experts * (share.mean(0) * p.sum(0) / (c.layers * N)).sum()  # K where loads or p are even
-        with torch.no_grad():
-            self.log = share, entropy.sum() / (c.layers * N), dropped.sum() / (c.layers * N * c.top_k_experts), balance.detach()
-            for block, s in zip(self.model.layers, share) if c.bias_rate else ():
-                block.mlp.gate.e_score_correction_bias += c.bias_rate * (1 / c.experts - s).sign()  # too little load: chosen more
+        balance = c.experts * c.top_k_experts * (share.mean(0) * p.sum(0) / (c.layers * N)).sum()
+        with torch.no_grad():  # balance: K where loads or p are even
+            self.log = (share, entropy.sum() / (c.layers * N),
+                        dropped.sum() / (c.layers * N * c.top_k_experts), balance.detach())
+            for block, s in zip(self.model.layers, share) if c.bias_rate else ():  # too little load: chosen more
+                block.mlp.gate.e_score_correction_bias += c.bias_rate * (1 / c.experts - s).sign()
         return c.aux * balance + c.z * z.sum() / (c.layers * N)
 
     def prepare(self, cast):
@@ -399,18 +407,20 @@ class Model(nn.Module):
         self.spread = dist.is_initialized()
 
     def report(self):
-        """For the progress line: the last micro-step's least and most loaded expert of any layer, the mean entropy of p as a part of
-        its most, the balance (1: even), choices dropped."""
+        """For the progress line: the last micro-step's least and most loaded expert of any layer, the mean entropy of
+        p as a part of its most, the balance (1: even), choices dropped."""
         if self.log is None:
             return "no step yet"
         share, entropy, dropped, balance = self.log
-        text = f"load {share.min():.1%} to {share.max():.1%}, entropy {entropy / math.log(max(2, self.cfg.experts)):.2f}"
+        text = (f"load {share.min():.1%} to {share.max():.1%}, "
+                f"entropy {entropy / math.log(max(2, self.cfg.experts)):.2f}")
         return f"{text}, balance {balance / self.cfg.top_k_experts:.3f}, dropped {dropped:.1%}"
 
     def init_state(self, batch):
         """A cache (L, 2, B, Hkv, room, D) that grows by doubling, and the number of tokens in it."""
         c, p = self.cfg, self.model.embed_tokens.weight
-        return {"kv": torch.zeros(c.layers, 2, batch, c.kv_heads, min(64, self.context), c.head_dim, dtype=p.dtype, device=p.device), "t": 0}
+        return {"kv": torch.zeros(c.layers, 2, batch, c.kv_heads, min(64, self.context), c.head_dim,
+                                  dtype=p.dtype, device=p.device), "t": 0}
 
     def step(self, tokens, state):
         """The next tokens (B, T') -> logits (B, V) after the last of them, and the state."""
@@ -424,8 +434,8 @@ class Model(nn.Module):
         return linear(x[:, -1], self.head()), state
 
     def param_groups(self, weight_decay):
-        """Matrices decay, vectors do not; `matrix` marks what Muon may orthogonalise: a router's rows are no map, each is for itself."""
-        own = list(self.named_parameters())
+        """Matrices decay, vectors do not; `matrix` marks what Muon may orthogonalise."""
+        own = list(self.named_parameters())  # .gate.: a router's rows are no map, each is for itself
         inner = [p for n, p in own if p.ndim > 1 and ".layers." in n and ".gate." not in n]
         outer = [p for n, p in own if p.ndim > 1 and not (".layers." in n and ".gate." not in n)]
         return [
@@ -439,18 +449,20 @@ class Model(nn.Module):
         c = self.cfg
         more = any(getattr(c, k) != getattr(Config, k) for k in GROK)
         return dict(
-            model_type="grok-1" if more else "mixtral", architectures=["Grok1ModelForCausalLM" if more else "MixtralForCausalLM"],
-            num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim, hidden_size=c.dim,
-            intermediate_size=c.ffn_dim, num_local_experts=c.experts, num_experts_per_tok=c.top_k_experts, vocab_size=c.vocab,
-            max_position_embeddings=c.positions, rms_norm_eps=c.eps, rope_theta=c.theta, rope_parameters=dict(rope_type="default", rope_theta=c.theta),
-            tie_word_embeddings=c.tied, router_aux_loss_coef=c.aux, router_jitter_noise=0.0, sliding_window=None, attention_dropout=0.0,
+            model_type="grok-1" if more else "mixtral",
+            architectures=["Grok1ModelForCausalLM" if more else "MixtralForCausalLM"], num_hidden_layers=c.layers,
+            num_attention_heads=c.heads, num_key_value_heads=c.kv_heads, head_dim=c.head_dim, hidden_size=c.dim,
+            intermediate_size=c.ffn_dim, num_local_experts=c.experts, num_experts_per_tok=c.top_k_experts,
+            vocab_size=c.vocab, max_position_embeddings=c.positions, rms_norm_eps=c.eps, rope_theta=c.theta,
+            rope_parameters=dict(rope_type="default", rope_theta=c.theta), tie_word_embeddings=c.tied,
+            router_aux_loss_coef=c.aux, router_jitter_noise=0.0, sliding_window=None, attention_dropout=0.0,
             hidden_act=c.act, initializer_range=0.02, bos_token_id=None, eos_token_id=min(self.stop, default=None),
         ) | ({name: getattr(c, k) for k, name in GROK.items()} if more else {})  # fmt: skip
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
-        """source: a Hugging Face folder or hub name of a Mixtral (expert by expert, or fused as transformers 5 holds it) or a Grok-1;
-        overrides: Config fields such as seq."""
+        """source: a Hugging Face folder or hub name of a Mixtral (expert by expert, or fused as transformers 5 holds
+        it) or a Grok-1; overrides: Config fields such as seq."""
         path = find_checkpoint(source)
         return cls.build(*read_decoder(path), path, **overrides)
 
@@ -468,23 +480,26 @@ class Model(nn.Module):
 
     @classmethod
     def upcycle(cls, source, **overrides):
-        """A dense Llama, Mistral or --experts 1 model -> each of its MLPs copied to all experts, a new router (Komatsuzaki et al. 2022,
-        arXiv:2212.05055). With renorm the K weights sum to 1, so the first loss is the dense model's."""
+        """A dense Llama, Mistral or --experts 1 model -> its MLPs copied to all experts, a new router (Komatsuzaki et
+        al. 2022, arXiv:2212.05055). With renorm the K weights sum to 1, so the first loss is the dense model's."""
         path = find_checkpoint(source)
         config, tensors = read_decoder(path)
         dense_only(config, path, "--upcycle")
-        config |= dict(experts=overrides.pop("experts", Config.experts), top_k_experts=overrides.pop("top_k_experts", Config.top_k_experts))
+        config |= dict(experts=overrides.pop("experts", Config.experts),
+                       top_k_experts=overrides.pop("top_k_experts", Config.top_k_experts))
         for k in [k for k in tensors if ".mlp." in k]:
             if ".experts." in k:
                 tensors[k] = tensors[k].expand(config["experts"], -1, -1)
             else:
-                tensors[k] = torch.randn(config["experts"], config["dim"], generator=torch.Generator().manual_seed(overrides.get("seed", 0))) * 0.02
+                tensors[k] = torch.randn(config["experts"], config["dim"],
+                                         generator=torch.Generator().manual_seed(overrides.get("seed", 0))) * 0.02
         return cls.build(config, tensors, path, **overrides)
 
     @classmethod
     def merge(cls, sources, prompts="", **overrides):
-        """Several dense models of one shape -> all but the MLPs from the first, an expert from each. The gate's row for an expert is the
-        mean of what enters the layer at the last token of the prompts for it, less that for its !prompts, at length 1 (mergekit-moe)."""
+        """Several dense models of one shape -> all but the MLPs from the first, an expert from each. The gate's row
+        for an expert is the mean of what enters the layer at the last token of the prompts for it, less that for its
+        !prompts, at length 1 (mergekit-moe)."""
         paths = [find_checkpoint(s) for s in sources]
         found = [read_decoder(p) for p in paths]
         for (config, tensors), path in zip(found, paths):
@@ -494,13 +509,16 @@ class Model(nn.Module):
                 bad(f"--merge {path}: its shapes, or its rotary base, are not those of {paths[0]}")
         config, tensors = found[0]
         wanted = read_prompts(prompts, len(sources))
-        tok = load_tokenizer(paths[0], config["vocab"]) or bad(f"--merge {paths[0]}: no tokenizer.json or tok.json beside it to read --prompts with")
+        tok = load_tokenizer(paths[0], config["vocab"]) or bad(
+            f"--merge {paths[0]}: no tokenizer.json or tok.json beside it to read --prompts with")
         base = cls.build(config | dict(experts=1, top_k_experts=1), dict(tensors), paths[0]).eval()
-        gates = torch.stack([base.gate_rows([tok.encode(p) for p in good], [tok.encode(p) for p in poor]) for good, poor in wanted], 1)  # (L, E, C)
+        gates = torch.stack([base.gate_rows([tok.encode(p) for p in good], [tok.encode(p) for p in poor])
+                             for good, poor in wanted], 1)  # (L, E, C)
         for k in [k for k in tensors if ".mlp." in k]:
             layer = int(k.split(".")[2])
             tensors[k] = torch.cat([t[k] for _, t in found]) if ".experts." in k else gates[layer]
-        config |= dict(experts=len(sources), top_k_experts=overrides.pop("top_k_experts", min(Config.top_k_experts, len(sources))))
+        config |= dict(experts=len(sources),
+                       top_k_experts=overrides.pop("top_k_experts", min(Config.top_k_experts, len(sources))))
         overrides.pop("experts", None)
         return cls.build(config, tensors, paths[0], **overrides)
 
@@ -518,9 +536,10 @@ class Model(nn.Module):
         return F.normalize(mean(good) - mean(poor), dim=-1)
 
     def save_pretrained(self, folder, tensors=None, **how):
-        """model.safetensors and config.json as on the hub, expert by expert: MixtralForCausalLM.from_pretrained(folder) loads them."""
+        """model.safetensors and config.json as on the hub, expert by expert: MixtralForCausalLM loads them."""
         config = self.hf_config()
-        write_weights(folder, to_hub(self.state_dict() if tensors is None else tensors, config["model_type"] == "grok-1"), config, **how)
+        write_weights(folder, to_hub(self.state_dict() if tensors is None else tensors,
+                                     config["model_type"] == "grok-1"), config, **how)
 
 
 def frequencies(cfg):
@@ -531,8 +550,8 @@ def frequencies(cfg):
 HUB, TOK = {}, {}
 # Config fields that Mixtral has no name for: what a Grok-1's config.json calls them
 GROK = dict(
-    renorm="norm_topk_prob", act="hidden_act", softcap="max_attn_value", sandwich="sandwich_norm", embed_mult="embedding_multiplier_scale",
-    logit_mult="output_multiplier_scale", bias_rate="router_bias_rate",
+    renorm="norm_topk_prob", act="hidden_act", softcap="max_attn_value", sandwich="sandwich_norm",
+    embed_mult="embedding_multiplier_scale", logit_mult="output_multiplier_scale", bias_rate="router_bias_rate",
 )  # fmt: skip
 # (a name on the hub, ours); the hub's first, so that the first match is what is written
 NAMES_GROK = [
@@ -540,10 +559,12 @@ NAMES_GROK = [
     (".pre_attn_norm.scale", ".input_layernorm.weight"), (".post_attn_norm.scale", ".post_attn_norm.weight"),
     (".pre_moe_norm.scale", ".post_attention_layernorm.weight"), (".post_moe_norm.scale", ".post_moe_norm.weight"),
     (".linear.weight", ".w1.weight"), (".linear_1.weight", ".w2.weight"), (".linear_v.weight", ".w3.weight"),
-    (".block_sparse_moe.", ".mlp."), (".pre_attn_norm.", ".input_layernorm."), (".pre_moe_norm.", ".post_attention_layernorm."),
+    (".block_sparse_moe.", ".mlp."), (".pre_attn_norm.", ".input_layernorm."),
+    (".pre_moe_norm.", ".post_attention_layernorm."),
 ]  # fmt: skip
 NAMES_MIXTRAL = [(".block_sparse_moe.", ".mlp.")]
-NAMES_DENSE = [(".mlp.gate_proj.", ".mlp.experts.0.w1."), (".mlp.up_proj.", ".mlp.experts.0.w3."), (".mlp.down_proj.", ".mlp.experts.0.w2.")]
+NAMES_DENSE = [(".mlp.gate_proj.", ".mlp.experts.0.w1."), (".mlp.up_proj.", ".mlp.experts.0.w3."),
+               (".mlp.down_proj.", ".mlp.experts.0.w2.")]
 
 
 def renamed(name, pairs, back=False):
@@ -558,7 +579,8 @@ def to_hub(tensors, grok):
     for k, v in tensors.items():
         if k.endswith("experts.gate_up_proj"):
             for e, both in enumerate(v):
-                out |= {k.replace("gate_up_proj", f"{e}.{w}.weight"): half.clone() for w, half in zip(("w1", "w3"), both.chunk(2))}
+                out |= {k.replace("gate_up_proj", f"{e}.{w}.weight"): half.clone()
+                        for w, half in zip(("w1", "w3"), both.chunk(2))}
         elif k.endswith("experts.down_proj"):
             out |= {k.replace("down_proj", f"{e}.w2.weight"): w2.clone() for e, w2 in enumerate(v)}
         else:
@@ -567,24 +589,30 @@ def to_hub(tensors, grok):
 
 
 def read_decoder(path):
-    """A checkpoint of a Mixtral, a Grok-1, or a dense Llama or Mistral (one expert) -> Config's fields, tensors by our names."""
+    """A Mixtral, a Grok-1, or a dense Llama or Mistral (one expert) -> Config's fields, tensors by our names."""
     config, tensors = read_checkpoint(path)
     kind = config.get("model_type")
     if kind not in ("mixtral", "grok-1", "llama", "mistral"):
-        bad(f"{path}: config.json says model_type {kind!r}; this file reads mixtral, grok-1, and as dense ones llama, mistral")
+        bad(f"{path}: config.json says model_type {kind!r}; this file reads mixtral, grok-1, "
+            "and as dense ones llama, mistral")
     dense = kind in ("llama", "mistral")
     try:
-        c = dict(layers=config["num_hidden_layers"], heads=config["num_attention_heads"], dim=config["hidden_size"], vocab=config["vocab_size"])
-        c |= dict(ffn_dim=config["intermediate_size"], positions=config["max_position_embeddings"], eps=config["rms_norm_eps"])
+        c = dict(layers=config["num_hidden_layers"], heads=config["num_attention_heads"],
+                 dim=config["hidden_size"], vocab=config["vocab_size"])
+        c |= dict(ffn_dim=config["intermediate_size"], positions=config["max_position_embeddings"],
+                  eps=config["rms_norm_eps"])
         c |= dict(experts=1, top_k_experts=1) if dense else dict(
-            experts=config["num_local_experts"] if "num_local_experts" in config else config["num_experts"], top_k_experts=config["num_experts_per_tok"])  # fmt: skip
+            experts=config["num_local_experts"] if "num_local_experts" in config else config["num_experts"],
+            top_k_experts=config["num_experts_per_tok"])  # fmt: skip
     except KeyError as e:
         bad(f"{path}: config.json has no {e}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    c |= dict(kv_heads=config.get("num_key_value_heads") or c["heads"], head_dim=config.get("head_dim") or c["dim"] // c["heads"])
+    c |= dict(kv_heads=config.get("num_key_value_heads") or c["heads"],
+              head_dim=config.get("head_dim") or c["dim"] // c["heads"])
     c |= dict(theta=float(config.get("rope_theta") or rope.get("rope_theta", 1e4 if kind != "mixtral" else 1e6)))
     end = config.get("eos_token_id")
-    c |= dict(tied=bool(config.get("tie_word_embeddings", kind == "grok-1")), stop=set(end) if isinstance(end, list) else {end} - {None})
+    c |= dict(tied=bool(config.get("tie_word_embeddings", kind == "grok-1")),
+              stop=set(end) if isinstance(end, list) else {end} - {None})
     if kind == "grok-1":  # xAI's numbers, where the file does not say otherwise
         c |= {k: config.get(name, PRESETS["grok-1"].get(k, getattr(Config, k))) for k, name in GROK.items()}
         c["act"] = c["act"].split("_")[0]
@@ -594,7 +622,8 @@ def read_decoder(path):
     elif config.get("hidden_act", "silu") != "silu":
         bad(f"{path}: hidden_act = {config['hidden_act']!r} in config.json; this file has silu")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        bad(f"{path}: rope_type = {rope.get('rope_type', rope.get('type'))!r} in config.json; this file has the plain one")
+        bad(f"{path}: rope_type = {rope.get('rope_type', rope.get('type'))!r} in config.json; "
+            "this file has the plain one")
     window = config.get("sliding_window")
     if window and window < c["positions"]:
         c["positions"] = window  # up to here both are the same
@@ -608,7 +637,8 @@ def read_decoder(path):
         head = f"model.layers.{i}.mlp.experts."
         if f"{head}0.w1.weight" in tensors:
             try:
-                w1, w2, w3 = (torch.stack([tensors.pop(f"{head}{e}.{w}.weight") for e in range(c["experts"])]) for w in ("w1", "w2", "w3"))
+                w1, w2, w3 = (torch.stack([tensors.pop(f"{head}{e}.{w}.weight") for e in range(c["experts"])])
+                              for w in ("w1", "w2", "w3"))
                 tensors |= {f"{head}gate_up_proj": torch.cat([w1, w3], 1), f"{head}down_proj": w2}
             except (KeyError, RuntimeError) as e:
                 bad(f"{path}: the experts of layer {i} are incomplete or of different shapes ({e})")
@@ -617,7 +647,8 @@ def read_decoder(path):
 
 def dense_only(config, path, flag):
     if config["experts"] != 1:
-        bad(f"{flag} {path}: it has {config['experts']} experts already; a dense Llama, Mistral or --experts 1 model is asked for")
+        bad(f"{flag} {path}: it has {config['experts']} experts already; "
+            "a dense Llama, Mistral or --experts 1 model is asked for")
 
 
 def read_prompts(path, E):
@@ -625,10 +656,12 @@ def read_prompts(path, E):
     try:
         blocks = [b.splitlines() for b in re.split(r"\n\s*\n", Path(path).read_text(encoding="utf-8").strip())]
     except (OSError, UnicodeDecodeError) as e:
-        bad(f"--prompts {path or '(none)'}: {getattr(e, 'strerror', None) or 'not UTF-8'}; a text file with a block of lines for each model of --merge")
+        bad(f"--prompts {path or '(none)'}: {getattr(e, 'strerror', None) or 'not UTF-8'}; "
+            "a text file with a block of lines for each model of --merge")
     found = [([p for p in b if p[0] != "!"], [p[1:] for p in b if p[0] == "!"]) for b in blocks]
     if len(found) != E or not all(good for good, _ in found):
-        bad(f"--prompts {path}: {len(found)} blocks of lines for the {E} models of --merge, and each needs a line without !")
+        bad(f"--prompts {path}: {len(found)} blocks of lines for the {E} models of --merge, "
+            "and each needs a line without !")
     return found
 
 
@@ -653,7 +686,7 @@ def flag(name):
 
 
 def parse(argv=None):
-    """The flags are the fields of Config, their help the comments there. Returns (the preset's values, the flags given)."""
+    """The flags are Config's fields, their help the comments there. -> (the preset's values, the flags given)."""
     notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(Config), re.M))
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     p.error = bad
@@ -680,13 +713,15 @@ def parse(argv=None):
 
 # ----- data (shared) -----
 class Tokenizer:
-    """encode: str -> array of ids, decode: ids -> str. kind: char | byte | gpt2 | a tokenizer.json, or its hub name | a RWKV vocabulary."""
+    """encode: str -> array of ids, decode: ids -> str.
+    kind: char | byte | gpt2 | a tokenizer.json, or its hub name | a RWKV vocabulary."""
 
     def __init__(self, kind, chars=""):
         self.kind, self.chars = kind, chars  # chars: the sorted characters of kind char; an id is a place among them
         try:
             if kind == "char":
-                self.vocab, self.encode, self.decode = len(chars), self.places, lambda ids: "".join(chars[i] for i in ids)
+                self.vocab, self.encode, self.decode = (len(chars), self.places,
+                                                        lambda ids: "".join(chars[i] for i in ids))
             elif kind == "byte":
                 self.vocab, self.encode = 256, lambda text: np.frombuffer(text.encode(), np.uint8)
                 self.decode = lambda ids: bytes(ids).decode(errors="replace")
@@ -699,7 +734,8 @@ class Tokenizer:
             elif kind.endswith(".json") or re.fullmatch(r"[\w.-]+/[\w.-]+", kind) and not Path(kind).exists():
                 import tokenizers
 
-                hf = (tokenizers.Tokenizer.from_file if kind.endswith(".json") else tokenizers.Tokenizer.from_pretrained)(kind)
+                hf = (tokenizers.Tokenizer.from_file if kind.endswith(".json")
+                      else tokenizers.Tokenizer.from_pretrained)(kind)
                 self.vocab, self.decode = hf.get_vocab_size(), hf.decode
                 self.encode = lambda text: np.array(hf.encode(text, add_special_tokens=False).ids, np.int64)
             elif Path(kind).is_file():  # RWKV: each line is an id, the token as a Python literal, and its length
@@ -718,7 +754,8 @@ class Tokenizer:
         known, codes = np.array([ord(c) for c in self.chars]), np.frombuffer(text.encode("utf-32-le"), "<u4")
         ids = np.searchsorted(known, codes).clip(max=len(known) - 1)
         if (wrong := codes[known[ids] != codes]).size:
-            bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); --tok byte knows every text")
+            bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); "
+                "--tok byte knows every text")
         return ids
 
     def longest(self, text):  # greedy: the longest word that the text goes on with
@@ -731,7 +768,7 @@ class Tokenizer:
 
 
 class Stream:
-    """The tokens of one split: shards end to end. A window of seq + 1 tokens never crosses from one shard into the next."""
+    """The tokens of one split: shards end to end. A window of seq + 1 tokens never crosses the end of a shard."""
 
     def __init__(self, shards, cfg, name):
         self.shards = [s for s in shards if len(s) > cfg.seq]
@@ -739,7 +776,8 @@ class Stream:
         if not self.shards:
             bad(f"--seq {cfg.seq}: {self.name} has only {max(map(len, shards), default=0):,} tokens in a piece")
         self.seq, self.vocab, self.tokens = cfg.seq, cfg.vocab, sum(map(len, shards))
-        self.first = np.cumsum([0] + [len(s) - cfg.seq for s in self.shards])  # number of each shard's first window, and of all
+        # the number of each shard's first window, and at the end that of all windows
+        self.first = np.cumsum([0] + [len(s) - cfg.seq for s in self.shards])
 
     def windows(self, numbers):
         """Window numbers (n) -> inputs and targets (n, seq) int64; a target is the token after its input."""
@@ -749,7 +787,8 @@ class Stream:
             rows.append(self.shards[s][i - self.first[s] :][: self.seq + 1])
         w = torch.from_numpy(np.stack(rows).astype(np.int64))
         if w.max() >= self.vocab:
-            bad(f"{self.name}: token id {w.max()} is outside the vocabulary of {self.vocab}; --tok must be the data's own")
+            bad(f"{self.name}: token id {w.max()} is outside the vocabulary of {self.vocab}; "
+                "--tok must be the data's own")
         return w[:, :-1].contiguous(), w[:, 1:].contiguous()
 
     def batch(self, cfg, step, micro, rank, world):
@@ -769,7 +808,7 @@ class Stream:
 
 
 def shard(path):
-    """Memory-mapped tokens of nanoGPT's .bin (no header, uint16, uint32 above 65,536 words) or llm.c's (header of 1024 bytes)."""
+    """nanoGPT's .bin (no header, uint16, uint32 above 65,536 words) or llm.c's (1024-byte header) -> mapped tokens."""
     head = np.fromfile(path, "<i4", 256)
     if len(head) == 256 and head[0] in (20240520, 20240801):
         tokens = np.memmap(path, "<u2" if head[0] == 20240520 else "<u4", "r", offset=1024)
@@ -789,7 +828,7 @@ class PlainPickle(pickle.Unpickler):
 
 
 def prepared(cfg, given, tok):
-    """The folder of a set in data/, made by data/<name>.py the first time. Without a network stdlib stands in for the default."""
+    """The folder of a set in data/, made once by data/<name>.py. Without a network stdlib stands in for the default."""
     script = Path(__file__).parent / "data" / f"{cfg.data}.py"
     kind = cfg.tok or re.search(r'^NAME, TOK = "\w+", "(\w+)"', script.read_text(), re.M).group(1)
     folder = script.with_suffix("") / kind
@@ -806,11 +845,12 @@ def prepared(cfg, given, tok):
 
 
 def load_text(cfg, given, tok):
-    """-> (training Stream, validation Stream, Tokenizer); sets cfg.tok and cfg.vocab. tok: a checkpoint's, which must fit."""
+    """-> training and validation Stream, Tokenizer; sets cfg.tok and cfg.vocab. tok: a checkpoint's, which must fit."""
     folder, text = Path(__file__).parent / "data", None
     cfg.tok = cfg.tok or (tok.kind if tok else "")
     if not folder.is_dir() and cfg.data in ("shakespeare", "stdlib") and "data" not in given:  # this file alone
-        print("!!! no data/ beside this file: training on the source of Python's own library; --data my.txt for your text")
+        print("!!! no data/ beside this file: training on the source of Python's own library; "
+              "--data my.txt for your text")
         root = Path(sysconfig.get_paths()["stdlib"])
         text = "\n".join(f.read_text(errors="replace") for f in sorted([*root.glob("*.py"), *root.glob("*/*.py")]))
         cfg.data, cfg.tok = "stdlib", "byte"
@@ -836,7 +876,8 @@ def load_text(cfg, given, tok):
         files = [f for f in files if f.suffix == ".bin"]
         if not files:
             names = ", ".join(sorted(texts))
-            bad(f"--data {cfg.data}: no .txt, .jsonl, folder or glob of .bin shards" + (f", nor one of {names}" if names else ""))
+            bad(f"--data {cfg.data}: no .txt, .jsonl, folder or glob of .bin shards"
+                + (f", nor one of {names}" if names else ""))
         meta, old = files[0].parent / "meta.json", files[0].parent / "meta.pkl"
         kind, chars = cfg.tok or "gpt2", ""
         try:
@@ -849,10 +890,12 @@ def load_text(cfg, given, tok):
         except Exception as e:  # JSON and pickle have many
             bad(f"{files[0].parent}: meta.json or meta.pkl is damaged ({e})")
         if tok and (tok.kind, tok.chars) != (kind, chars) or cfg.tok and cfg.tok != kind:
-            bad(f"--data {cfg.data}: its tokens are {kind}, but {tok.kind if tok else cfg.tok} is asked for, or other characters")
+            bad(f"--data {cfg.data}: its tokens are {kind}, but {tok.kind if tok else cfg.tok} is asked for, "
+                "or other characters")
         cfg.tok, tok = kind, tok or Tokenizer(kind, chars)
         val = [f for f in files if "val" in f.name]
-        parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name], val=[shard(f) for f in val])
+        parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name],
+                     val=[shard(f) for f in val])
         if not val:  # shards without a split: the last tenth of the last one
             *rest, last = parts["train"]
             parts = dict(train=[*rest, last[: len(last) * 9 // 10]], val=[last[len(last) * 9 // 10 :]])
@@ -885,10 +928,11 @@ def schedule(step, cfg):
 
 # ----- optimizer (shared) -----
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step, 0.2 sqrt(max(m, n)) (Liu et al. 2025, arXiv:2502.16982).
+    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step (Liu et al. 2025, arXiv:2502.16982).
 
-    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1. torch.optim.Muon
-    does it in bf16, which a CPU without bf16 units does at 1/100 of its speed; here in fp32 there, matrices of a shape at once.
+    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1; a step is
+    0.2 sqrt(max(m, n)) X. torch.optim.Muon iterates in bf16, which a CPU without bf16 units does at 1/100 of its
+    speed; here in fp32 there, matrices of a shape at once.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -903,10 +947,10 @@ class Muon(torch.optim.Optimizer):
                     shapes.setdefault(p.shape, []).append(p)
                     self.state[p].setdefault("momentum", torch.zeros_like(p))
             for shape, ps in shapes.items():
-                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row makes a channel
+                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row a channel
                 grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
                 torch._foreach_lerp_(M, grads, 1 - group["momentum"])
-                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov's look ahead
+                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov momentum
                 X = X.bfloat16() if X.is_cuda else X
                 X = X.mT if m > n else X
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -915,7 +959,8 @@ class Muon(torch.optim.Optimizer):
                     X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
                 X = X.mT if m > n else X
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
+                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)),
+                                    alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
 
 
 def make_optimizers(model, cfg):
@@ -949,7 +994,7 @@ def swap(optimizers):
 
 
 def set_lr(optimizers, step, cfg):
-    """lr and weight decay of this step: what the groups began with, times schedule(); a group's lr_scale multiplies its lr."""
+    """lr and weight decay of this step: the initial ones times schedule(); a group's lr_scale multiplies its lr."""
     lr, wd = schedule(step, cfg)
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"], group["weight_decay"] = cfg.lr * lr * group["lr_scale"], group["wd"] * wd
@@ -961,7 +1006,7 @@ def set_lr(optimizers, step, cfg):
 
 # ----- checkpoint (shared) -----
 def write_file(path, write):
-    """write(a temporary path), onto the disk, rename: at any instant path is the whole old file or the whole new one."""
+    """write(a temporary path), onto the disk, rename: at any instant path is the whole old or the whole new file."""
     tmp = f"{path}.tmp"
     write(tmp)
     with open(tmp, "rb") as f:
@@ -975,11 +1020,12 @@ def write_weights(folder, tensors, config, name="model", new="", step=None):
     config_name = "adapter_config.json" if name == "adapter_model" else "config.json"
     write_file(f"{folder}/{config_name}", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
     tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
-    write_file(f"{folder}/{name}.safetensors{new}", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
+    write_file(f"{folder}/{name}.safetensors{new}",
+               lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
 
 
 def find_checkpoint(source):
-    """A folder, a file, or a model's name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
+    """A folder, a file, or a name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
     if Path(source).exists():
         return Path(source)
     try:
@@ -988,13 +1034,15 @@ def find_checkpoint(source):
         if len(parts := source.split("/")) > 2:
             return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
         path = Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
-        return path if [*path.glob("*.safetensors")] else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"]))
+        return (path if [*path.glob("*.safetensors")]
+                else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"])))
     except Exception as e:  # no such name, no network, no library
-        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); a hub name is owner/name")
+        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); "
+            "a hub name is owner/name")
 
 
 def read_checkpoint(path):
-    """A folder, or a weights file in one -> (config.json as a dict, tensors by name). Only plain tensors are ever unpickled."""
+    """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
     folder = path if path.is_dir() else path.parent
     try:
         config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
@@ -1003,10 +1051,12 @@ def read_checkpoint(path):
         elif index.is_file():
             files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         else:
-            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file() else "pytorch_model.bin")]
+            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file()
+                               else "pytorch_model.bin")]
         tensors = {}
         for f in files:
-            tensors |= load_file(f) if f.suffix == ".safetensors" else torch.load(f, map_location="cpu", weights_only=True)
+            tensors |= (load_file(f) if f.suffix == ".safetensors"
+                        else torch.load(f, map_location="cpu", weights_only=True))
         return config, tensors
     except FileNotFoundError as e:
         bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
@@ -1033,7 +1083,8 @@ def sharded(cfg):
 
 
 def save(cfg, model, optimizers, tok, step, best):
-    """The run's folder. Both large files are whole on the disk before the first rename, which decides (load_run ends the second)."""
+    """The run's folder. Both large files are whole on the disk before the first rename, which decides
+    (load_run ends the second)."""
     weights, states = model.state_dict, [o.state_dict for o in optimizers]
     if cfg.fsdp:
         D, how = sharded(cfg)
@@ -1058,7 +1109,7 @@ def load_run(out):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for new in Path(out).rglob("*.safetensors.new"):
-            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of train_state.pt's step here
+            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of state's step here
                 if f.metadata()["step"] == str(state["step"]):
                     os.replace(new, new.with_suffix(""))
         return state
@@ -1094,7 +1145,7 @@ def pick_device(cfg):
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    elif sys.platform == "linux":  # glibc: keep freed memory for the next step instead of returning its pages, 4 to 8% of a step
+    elif sys.platform == "linux":  # glibc: keep freed pages for the next step, which saves 4 to 8% of it
         ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
     if "RANK" in os.environ:
@@ -1103,7 +1154,7 @@ def pick_device(cfg):
 
 
 def bf16_pays(device, model, batch):
-    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if they are faster, a whole micro-step."""
+    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if faster, a whole micro-step."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False), "auto"
 
@@ -1127,7 +1178,7 @@ def bf16_pays(device, model, batch):
 
 @torch.no_grad()
 def evaluate(model, stream, cfg, device, cast):
-    """Mean loss over the split's fixed windows. Every process does them all, so that the number does not depend on how many."""
+    """Mean loss over the split's fixed windows. Every process does them all, so it does not depend on how many."""
     model.eval()
     total, numbers = 0.0, stream.fixed(cfg)
     for i in range(0, len(numbers), cfg.batch):
@@ -1139,7 +1190,7 @@ def evaluate(model, stream, cfg, device, cast):
 
 
 def train(cfg, given, model, tok, state):
-    """model, tok: from a checkpoint, or None; state: load_run()'s of the run that goes on, or None. Returns the last val loss."""
+    """model, tok: of a checkpoint, or None; state: load_run()'s of the run that goes on, or None. -> last val loss."""
     device, rank, world = pick_device(cfg)
     say = print if rank == 0 else lambda *a, **k: None
     if rank:
@@ -1175,7 +1226,8 @@ def train(cfg, given, model, tok, state):
     step, best, val, rows = 0, math.inf, None, []
     if state:
         step, best, val = state["step"], state["best"], None
-        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline="")) if r and r[0].isdigit() and int(r[0]) <= step]
+        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline=""))
+                if r and r[0].isdigit() and int(r[0]) <= step]
         for o, s in zip(optimizers, state["optimizers"]):
             if cfg.fsdp:
                 D, how = sharded(cfg)
@@ -1190,10 +1242,13 @@ def train(cfg, given, model, tok, state):
     per_step, params = cfg.batch * cfg.accum * seq, [p for p in model.parameters() if p.requires_grad]
     ops = sys.modules.get("kernels.norm")
     form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
-    about = train_data.about() if unit != "token" else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}"
+    about = (train_data.about() if unit != "token"
+             else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}")
     say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {about}")
-    say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | {cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
-    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | {form}{' | compiled' * cfg.compile}")
+    say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | "
+        f"{cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
+    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | "
+        f"{form}{' | compiled' * cfg.compile}")
 
     log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
     log.writerows([("step", f"{unit}s", "seconds", "loss", "val", "lr", "norm", f"{unit[:3]}_s"), *rows])
@@ -1233,7 +1288,8 @@ def train(cfg, given, model, tok, state):
         if not (due or step % cfg.log_every == 0 or step == begun + 1 or device.type == "cpu"):
             continue  # from here on the GPU is waited for
         if wrong.item() >= 0:
-            good = "no checkpoint yet" if saved is None else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})"
+            good = ("no checkpoint yet" if saved is None
+                    else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})")
             bad(f"step {wrong.item()}: the loss is not finite; {good}; a smaller --lr helps")
         if due:
             swap(optimizers)
@@ -1252,7 +1308,8 @@ def train(cfg, given, model, tok, state):
             left = (now - start) / (step - begun) * (cfg.steps - step)
             peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mb()
             v = repr(val) if due and not halt else ""
-            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr, repr(norm.item()), f"{speed:.0f}"))
+            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr,
+                          repr(norm.item()), f"{speed:.0f}"))
             shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
             say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
                 f"{speed:,.0f} {unit[:3]}/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
@@ -1260,11 +1317,12 @@ def train(cfg, given, model, tok, state):
         say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
     else:
         swap(optimizers)
-        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended before has none yet
-        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, after {before + time.perf_counter() - start:.0f} s of training")
+        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended has none yet
+        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, "
+            f"after {before + time.perf_counter() - start:.0f} s of training")
         if not cfg.fsdp and rank == 0:
             show(cfg, model, tok, val_data.start())
-        say(f"the weights, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample \"...\"")
+        say(f'the weights, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample "..."')
     if "RANK" in os.environ:
         dist.destroy_process_group()
     return val
@@ -1299,7 +1357,7 @@ def generate(model, tokens, cfg):
     model.eval()
     generator = torch.Generator(tokens.device).manual_seed(cfg.seed)
     limit = model.context or math.inf  # a recurrent model has none
-    seen, new, held, state, stop = tokens, tokens, 0, model.init_state(1), getattr(model, "stop", ())  # ids that end an answer
+    seen, new, held, state, stop = tokens, tokens, 0, model.init_state(1), getattr(model, "stop", ())  # end-of-text ids
     for _ in range(cfg.tokens):
         if held + new.shape[1] > limit:  # the context is full: begin again with its later half
             held, new, state = 0, seen[:, -max(1, limit // 2) :], model.init_state(1)
@@ -1336,7 +1394,7 @@ def sample(cfg, model, tok):
     show(cfg, model, tok, tok.encode(cfg.sample))
 
 
-SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from, and flags that ask something of it
+SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from; flags that ask something of it
 ACTIONS = dict(sample=sample)
 
 
@@ -1346,19 +1404,23 @@ ACTIONS = dict(sample=sample)
 # ----- routing -----
 @torch.inference_mode()
 def show_routing(cfg, model, tok):
-    """Print each layer's tokens, first expert as background, second as foreground; write the shares of the experts as a picture."""
+    """Print each layer's tokens, first expert as background, second as foreground; draw the shares of the experts."""
     if tok is None or not len(ids := tok.encode(cfg.show_routing)):
-        bad("--show-routing: the text is empty" if tok else "--show-routing: the checkpoint has no tokenizer; --tok names one")
+        bad("--show-routing: the text is empty" if tok
+            else "--show-routing: the checkpoint has no tokenizer; --tok names one")
     model.eval()
     model(torch.from_numpy(ids.astype(np.int64))[None, : model.context].to(next(model.parameters()).device))
     words, E = [tok.decode([i]).replace("\n", "\u23ce") for i in ids.tolist()], cfg.experts
     hue = lambda e, light: [round(255 * c) for c in colorsys.hls_to_rgb(e / E, light, 0.8)]
-    paint = lambda e, f, word: "\x1b[48;2;{};{};{}m\x1b[38;2;{};{};{}m".format(*hue(e, 0.78), *hue(f, 0.22)) + word + "\x1b[0m"
-    print("experts: " + " ".join(paint(e, e, f" {e} ") for e in range(E)) + "   background: first choice, letters: second")
+    paint = lambda e, f, word: (
+        "\x1b[48;2;{};{};{}m\x1b[38;2;{};{};{}m".format(*hue(e, 0.78), *hue(f, 0.22)) + word + "\x1b[0m")
+    print("experts: " + " ".join(paint(e, e, f" {e} ") for e in range(E))
+          + "   background: first choice, letters: second")
     shares = []
     for i, block in enumerate(model.model.layers):
         chosen = block.mlp.chosen.cpu()  # (T, K)
-        print(f"layer {i:>2}: " + "".join(paint(e[0], e[min(1, len(e) - 1)], w) for e, w in zip(chosen.tolist(), words)))
+        print(f"layer {i:>2}: " + "".join(paint(e[0], e[min(1, len(e) - 1)], w)
+                                          for e, w in zip(chosen.tolist(), words)))
         shares.append(chosen.flatten().bincount(minlength=E) / chosen.numel())
     path = Path(cfg.out, "routing.png")
     draw_shares(torch.stack(shares).tolist(), hue, path)
@@ -1404,15 +1466,18 @@ def main(argv=None):
     if given.get("resume") or action and not origin:
         state, wanted = load_run(out), "resume" if given.get("resume") else action
         if origin or state is None and (wanted == "resume" or not Path(out, "config.json").is_file()):
-            reason = f"{flag(origin)} starts another run: one of the two" if origin else f"no run in {out}; --out names its folder"
+            reason = (f"{flag(origin)} starts another run: one of the two" if origin
+                      else f"no run in {out}; --out names its folder")
             bad(f"{flag(wanted)}: {reason}")
-        kept = {k: v for k, v in (state or {}).get("config", {}).items() if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
+        kept = {k: v for k, v in (state or {}).get("config", {}).items()
+                if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
         origin, source, preset = "init", out, preset | kept | dict(out=out)
     else:
         origin = origin or next((k for k in SOURCES if preset.get(k)), None)
         source = (preset | given).get(origin)
     if source:
-        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items() if k not in SOURCES and (k in given or k not in SIZES)})
+        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items()
+                                           if k not in SOURCES and (k in given or k not in SIZES)})
         source = source if isinstance(source, str) else source[0]
         tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), getattr(model.cfg, "vocab", 0))
         preset |= {k: getattr(model.cfg, k) for k in SIZES}

@@ -1,22 +1,22 @@
 """
-RWKV-7 "Goose": a recurrent network that trains in parallel          Peng et al. 2025, "RWKV-7 'Goose' with Expressive Dynamic
-                                                                     State Evolution", arXiv:2503.14456v2
+RWKV-7 "Goose": a recurrent network that trains in parallel     Peng et al. 2025, "RWKV-7 'Goose' with Expressive
+                                                                Dynamic State Evolution", arXiv:2503.14456v2
 
 Special: no attention. Each head keeps a matrix S, a memory that maps keys to values. A token decays its columns, takes
-out what stood under the key kappa and writes v under k (the delta rule, with a rate a per channel), so cost is linear in T.
-    S_t     = S_{t-1} (diag(w_t) - kappa_t (a_t kappa_t)^T) + v_t k_t^T         section 4; rows of S are values, columns keys
-    y_t     = S_t r_t                                                           the state never grows
-    r w k v a g = functions of h_t + mu (h_{t-1} - h_t)                         token shift, a mix mu for each 
-    x      += W_o (GroupNorm(y) + (sum r k rho) v) g                            a bonus for the token itself, and a gate
-    x      += W_v relu(W_k (h_t + mu (h_{t-1} - h_t)))^2                        channel mix, four times as wide inside
+out what stood under the key kappa and writes v under k (the delta rule, a rate a per channel); cost is linear in T.
+    S_t     = S_{t-1} (diag(w_t) - kappa_t (a_t kappa_t)^T) + v_t k_t^T   section 4; rows of S are values, columns keys
+    y_t     = S_t r_t                                                     the state never grows
+    r w k v a g = functions of h_t + mu (h_{t-1} - h_t)                   token shift, a mix mu for each
+    x      += W_o (GroupNorm(y) + (sum r k rho) v) g                      a bonus for the token itself, and a gate
+    x      += W_v relu(W_k (h_t + mu (h_{t-1} - h_t)))^2                  channel mix, four times as wide inside
 
 Run:     python rwkv.py                                         trains on tiny Shakespeare, then prints a sample
          python rwkv.py --data my.txt --layers 6 --dim 384      on your own text, larger
-         python rwkv.py --sample "ROMEO:"                       from out/rwkv; the state has one size however long the text
+         python rwkv.py --sample "ROMEO:"                       from out/rwkv; the state has one size for any text
          python rwkv.py --init 0.1B --tok rwkv_vocab_v20230424.txt --sample "The Eiffel tower"
-                                                                from BlinkDL's weights: 0.1B 0.4B 1.5B 2.9B, any official
-                                                                RWKV-7 .pth, or a folder; the vocabulary is in the
-                                                                package rwkv and in the repository RWKV-LM
+                                                                from BlinkDL's weights: 0.1B 0.4B 1.5B 2.9B, any
+                                                                official RWKV-7 .pth, or a folder; the vocabulary is in
+                                                                the package rwkv and in the repository RWKV-LM
          torchrun --nproc_per_node=2 rwkv.py                    the same run on two GPUs
          out/rwkv/rwkv.pth                                      what was trained, for rwkv.model.RWKV_x070 and RWKV-LM
 Expect:  validation losses and minutes are in bench/RESULTS.md, each with its command.
@@ -64,7 +64,7 @@ try:
 except ModuleNotFoundError:  # this file alone: the same operations in plain PyTorch
 
     def linear_cross_entropy(x, w, targets, ignore_index=-1):
-        """mean of -log softmax(x w^T)[target]; 2048 rows at a time, and again in backward, so that the logits are never whole."""
+        """mean of -log softmax(x w^T)[target], 2048 rows at a time, again in backward: the logits are never whole."""
         x, targets = x.flatten(0, -2), targets.flatten()
         total = x.new_zeros((), dtype=torch.float32)
         for xs, ts in zip(x.split(2048), targets.split(2048)):
@@ -84,20 +84,20 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
         s = x + r
         return layer_norm(s, w, b, eps), s
 
-    def token_shift(h, last, mus):  # h_t + mu (h_{t-1} - h_t) for each mu; before the first token of h (B, T, C): last (B, C), or 0
+    def token_shift(h, last, mus):  # h_t + mu (h_{t-1} - h_t) for each mu; h (B, T, C), before it last (B, C), or 0
         d = (F.pad(h, (0, 0, 1, -1)) if last is None else torch.cat([last[:, None].to(h.dtype), h[:, :-1]], 1)) - h
         return [h + d * mu for mu in mus]
 
     def gates(k, w, a, k_k, k_a, N):
-        w = -math.exp(-0.5) * torch.sigmoid(w.float() if w.dtype == torch.bfloat16 else w)  # a decay exp(w) is above 0.545
+        w = -math.exp(-0.5) * torch.sigmoid(w.float() if w.dtype == torch.bfloat16 else w)  # a decay exp(w) > 0.545
         a = torch.sigmoid(a)  # the rate of learning in context
         kappa = F.normalize((k * k_k).unflatten(-1, (-1, N)), dim=-1).flatten(-2)  # of length 1 in each head
         return [t.to(k.dtype) for t in (w, k * (1 + (a - 1) * k_a), -kappa, a * kappa)]
 
     def readout(y, r, k, v, g, rho, weight, bias):
         y = F.group_norm(y.flatten(0, 1), len(rho), weight, bias, 64e-5).view(y.shape)  # each head apart
-        bonus = (r * k).unflatten(-1, rho.shape).mul(rho).sum(-1, keepdim=True) * v.unflatten(-1, rho.shape)  # (B, T, H, N)
-        return ((y + bonus.flatten(-2)) * g).to(g.dtype)
+        bonus = (r * k).unflatten(-1, rho.shape).mul(rho).sum(-1, keepdim=True) * v.unflatten(-1, rho.shape)
+        return ((y + bonus.flatten(-2)) * g).to(g.dtype)  # bonus (B, T, H, N)
 
     def squared_relu(k):
         return F.relu(k).square()
@@ -107,9 +107,9 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
 
 
 def recurrence(r, w, k, v, a, b, initial=None):
-    """The definition, token after token: r, w, k, v, a, b (B, T, H, N), initial (B, H, N, N) or zeros -> y (B, T, H, N), the last S.
+    """The definition, token by token: r, w, k, v, a, b (B, T, H, N), initial (B, H, N, N) or 0 -> y (B, T, H, N), S.
 
-    S_t = S_{t-1} diag(exp(w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t        (RWKV-7: a = -kappa, b = a kappa)
+    S_t = S_{t-1} diag(exp(w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T,   y_t = S_t r_t    (RWKV-7: a = -kappa, b = a kappa)
     """
     B, T, H, N = r.shape
     S, ys = r.new_zeros(B, H, N, N) if initial is None else initial, []  # rows are values, columns keys
@@ -120,12 +120,12 @@ def recurrence(r, w, k, v, a, b, initial=None):
 
 
 def chunkwise(r, w, k, v, a, b, initial=None, L=32):
-    """The same in chunks of L tokens, where it is matrix products. With c_t = w_1 + ... + w_t in the chunk, S the state before it:
+    """The same in chunks of L tokens, by matrix products. With c_t = w_1 + ... + w_t in a chunk, S the state before it:
 
-    u_t = S_{t-1} a_t = S (e^{c_{t-1}} a_t) + sum_{s<t}  ((e^{c_{t-1} - c_s} k_s . a_t) v_s + (e^{c_{t-1} - c_s} b_s . a_t) u_s)
-    y_t = S_t r_t     = S (e^{c_t} r_t)     + sum_{s<=t} ((e^{c_t - c_s} k_s . r_t) v_s     + (e^{c_t - c_s} b_s . r_t) u_s)
-    The first is a triangular system for all u. Exponents are split at m = c_L / 2, which keeps e^{c_t - m} and e^{m - c_s} below
-    e^{0.61 L / 2}; kernels/wkv7.py does the same with a backward written by hand.
+    u_t = S (e^{c_{t-1}} a_t) + sum_{s<t}  ((e^{c_{t-1} - c_s} k_s . a_t) v_s + (e^{c_{t-1} - c_s} b_s . a_t) u_s)
+    y_t = S (e^{c_t} r_t)     + sum_{s<=t} ((e^{c_t - c_s} k_s . r_t) v_s     + (e^{c_t - c_s} b_s . r_t) u_s)
+    The first is a triangular system for all u_t = S_{t-1} a_t. Exponents are split at m = c_L / 2, which keeps
+    e^{c_t - m} and e^{m - c_s} below e^{0.61 L / 2}; kernels/wkv7.py does the same with a backward written by hand.
     """
     S, ys, dtype = r.new_zeros(len(r), *r.shape[2:], r.shape[3]) if initial is None else initial, [], r.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -190,17 +190,22 @@ class Config:
     top_p: float = 1.0  # draw from the most likely that make up this probability
 
 
-RWKV_LM = dict(seq=512, l2wrap=1e-4, vocab=65536, tok="gpt2", data="openwebtext", warmup=10, lr_end=0.1, beta2=0.99, wd=0.1, eval_every=1000)
+RWKV_LM = dict(seq=512, l2wrap=1e-4, vocab=65536, tok="gpt2", data="openwebtext",
+               warmup=10, lr_end=0.1, beta2=0.99, wd=0.1, eval_every=1000)
 PRESETS = {
     # a good minute on two cores; what else was tried is in bench/RESULTS.md
-    "cpu": dict(layers=4, dim=96, head_dim=32, seq=128, batch=16, steps=600, lr=3e-3, lr_end=0.1, warmup=20, beta2=0.99, eval_every=300),
+    "cpu": dict(layers=4, dim=96, head_dim=32, seq=128,
+                batch=16, steps=600, lr=3e-3, lr_end=0.1, warmup=20, beta2=0.99, eval_every=300),
     # a character model for one 12 GB GPU, at the size of gpt2.py's
     "gpu": dict(layers=6, dim=384, seq=256, batch=64, steps=5000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99),
     # the released sizes, with the learning rates that RWKV-LM gives for them, about 0.5M tokens a step on one 12 GB GPU
     "0.1B": dict(layers=12, dim=768, v_rank=32, gate_rank=128, batch=16, accum=64, steps=100_000, lr=6e-4, **RWKV_LM),
-    "0.4B": dict(layers=24, dim=1024, decay_rank=64, a_rank=64, v_rank=32, gate_rank=128, batch=8, accum=128, steps=100_000, lr=4e-4, **RWKV_LM),
-    "1.5B": dict(layers=24, dim=2048, decay_rank=96, a_rank=96, v_rank=64, gate_rank=256, batch=1, accum=1024, steps=100_000, lr=3e-4, optim="adamw8bit", ckpt=True, **RWKV_LM),
-    "2.9B": dict(layers=32, dim=2560, decay_rank=96, a_rank=96, v_rank=64, gate_rank=320, batch=1, accum=1024, steps=100_000, lr=3e-4, optim="adamw8bit", ckpt=True, **RWKV_LM),
+    "0.4B": dict(layers=24, dim=1024, decay_rank=64, a_rank=64, v_rank=32, gate_rank=128,
+                 batch=8, accum=128, steps=100_000, lr=4e-4, **RWKV_LM),
+    "1.5B": dict(layers=24, dim=2048, decay_rank=96, a_rank=96, v_rank=64, gate_rank=256,
+                 batch=1, accum=1024, steps=100_000, lr=3e-4, optim="adamw8bit", ckpt=True, **RWKV_LM),
+    "2.9B": dict(layers=32, dim=2560, decay_rank=96, a_rank=96, v_rank=64, gate_rank=320,
+                 batch=1, accum=1024, steps=100_000, lr=3e-4, optim="adamw8bit", ckpt=True, **RWKV_LM),
 }  # fmt: skip
 
 
@@ -265,16 +270,17 @@ class TimeMix(nn.Module):
         nn.init.constant_(self.ln_x.weight, ((1 + i) / cfg.layers) ** 0.7)
 
     def forward(self, h, v_first, last=None, S=None):
-        """h, v_first (B, T, C); last (B, C) and S (B, H, N, N) of the tokens before -> output, v_first, S after the last."""
-        x_r, x_w, x_k, x_v, x_a, x_g = token_shift(h, last, (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        """h, v_first (B, T, C); last (B, C) and S (B, H, N, N) of the tokens before -> output, v_first, the new S."""
+        x_r, x_w, x_k, x_v, x_a, x_g = token_shift(h, last, (self.x_r, self.x_w, self.x_k,
+                                                             self.x_v, self.x_a, self.x_g))
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)  # (B, T, C)
         w = low_rank(torch.tanh(x_w @ self.w1), self.w2, self.w0)
         a = low_rank(x_a @ self.a1, self.a2, self.a0)
         g = torch.sigmoid(x_g @ self.g1) @ self.g2
         if v_first is None:  # the first block
             v_first = v
-        else:
-            v = torch.lerp(v, v_first, torch.sigmoid(low_rank(x_v @ self.v1, self.v2, self.v0)))  # v + (v_first - v) sigma(...)
+        else:  # v + (v_first - v) sigma(...)
+            v = torch.lerp(v, v_first, torch.sigmoid(low_rank(x_v @ self.v1, self.v2, self.v0)))
         # w = -e^{-1/2} sigma(w),  a = sigma(a),  kappa = k k_k / |k k_k|,  k = k (1 + (a - 1) k_a)
         w, k, minus_kappa, a_kappa = gates(k, w, a, self.k_k, self.k_a, self.N)
         y, S = wkv7(*(z.unflatten(-1, (-1, self.N)) for z in (r, w, k, v, minus_kappa, a_kappa)), S)  # (B, T, H, N)
@@ -322,7 +328,7 @@ def ranks(cfg):
 
 
 def l2wrap(x, w, factor):
-    """0, with the gradient of factor / 2 mean(largest logit^2): RWKV-LM's guard against logits that drift. x (B, T, C), w (V, C)."""
+    """0 with the gradient of factor / 2 mean(largest logit^2): RWKV-LM's guard against drift. x (B, T, C), w (V, C)."""
     x = x.flatten(0, 1)
     with torch.no_grad():
         best = torch.cat([F.linear(part, w).argmax(-1) for part in x.split(512)])
@@ -367,7 +373,7 @@ class Model(nn.Module):
         return loss + l2wrap(x, self.head.weight, self.cfg.l2wrap) if self.cfg.l2wrap and self.training else loss
 
     def init_state(self, batch):
-        """What a text begins with: the last token's normed streams (L, 2, B, C) and the memories S (L, B, H, N, N), all 0."""
+        """What a text begins with: the last token's normed streams (L, 2, B, C), memories S (L, B, H, N, N), all 0."""
         c, p = self.cfg, self.emb.weight
         S = torch.zeros(c.layers, batch, c.dim // c.head_dim, c.head_dim, c.head_dim, device=p.device)  # fp32 always
         return {"last": torch.zeros(c.layers, 2, batch, c.dim, dtype=p.dtype, device=p.device), "S": S}
@@ -380,13 +386,14 @@ class Model(nn.Module):
         return self.head(x[:, -1]), state
 
     def param_groups(self, weight_decay):
-        """RWKV-LM's: matrices named .weight decay, w0 learns twice as fast; `matrix` marks what Muon may orthogonalise."""
+        """RWKV-LM's: .weight matrices decay, w0 learns twice as fast; `matrix` marks what Muon may orthogonalise."""
         groups = {
             "matrices": dict(weight_decay=weight_decay, matrix=True), "outer": dict(weight_decay=weight_decay),
             "w0": dict(weight_decay=0.0, lr_scale=2.0), "rest": dict(weight_decay=0.0),
         }  # fmt: skip
         for name, p in self.named_parameters():
-            kind = "rest" if not (name.endswith(".weight") and p.ndim == 2) else "matrices" if "blocks" in name else "outer"
+            kind = ("rest" if not (name.endswith(".weight") and p.ndim == 2)
+                    else "matrices" if "blocks" in name else "outer")
             groups["w0" if name.endswith("att.w0") else kind].setdefault("params", []).append(p)
         return [dict(eps=1e-18, **g) for g in groups.values()]
 
@@ -395,13 +402,13 @@ class Model(nn.Module):
         c = self.cfg
         w, a, v, g = ranks(c)
         return dict(
-            model_type="rwkv-x070", num_hidden_layers=c.layers, hidden_size=c.dim, head_dim=c.head_dim, vocab_size=c.vocab,
-            decay_low_rank_dim=w, a_low_rank_dim=a, v_low_rank_dim=v, gate_low_rank_dim=g,
+            model_type="rwkv-x070", num_hidden_layers=c.layers, hidden_size=c.dim, head_dim=c.head_dim,
+            vocab_size=c.vocab, decay_low_rank_dim=w, a_low_rank_dim=a, v_low_rank_dim=v, gate_low_rank_dim=g,
         )  # fmt: skip
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
-        """source: an official .pth, a folder with one, a folder of ours, or a hub name; overrides: Config fields such as seq."""
+        """source: an official .pth, a folder with one or of ours, a hub name; overrides: Config fields such as seq."""
         path = find_checkpoint(HUB.get(source, source))
         own = path.is_dir() and (path / "config.json").is_file()
         tensors = read_checkpoint(path)[1] if own or path.suffix == ".safetensors" else read_pth(path)
@@ -439,14 +446,15 @@ HUB = {
     "0.1B": WORLD + "0.1B-v2.8-20241210-ctx4096.pth", "0.4B": WORLD + "0.4B-v2.9-20250107-ctx4096.pth",
     "1.5B": WORLD + "1.5B-v3-20250127-ctx4096.pth", "2.9B": WORLD + "2.9B-v3-20250211-ctx4096.pth",
 }  # fmt: skip
-TOK = {50304: "EleutherAI/gpt-neox-20b"}  # of the Pile models; the World models' (65536 rows) is a file that --tok names
+TOK = {50304: "EleutherAI/gpt-neox-20b"}  # of the Pile models; the World models' (65536 rows) is a file for --tok
 
 
 def read_pth(path):
-    """An official checkpoint, a file or the only one in a folder -> tensors by name. Only plain tensors are unpickled."""
+    """An official checkpoint, a file or a folder's only one -> tensors by name. Only plain tensors are unpickled."""
     files = sorted(path.glob("*.pth")) if path.is_dir() else [path]
     if len(files) != 1:
-        bad(f"{path}: {len(files)} .pth files; a checkpoint is one .pth, or a folder with one, or with config.json and model.safetensors")
+        bad(f"{path}: {len(files)} .pth files; a checkpoint is one .pth, or a folder with one, "
+            "or with config.json and model.safetensors")
     try:
         tensors = torch.load(files[0], map_location="cpu", weights_only=True)
         return {k.removeprefix("_forward_module."): v for k, v in tensors.items() if torch.is_tensor(v)}
@@ -475,7 +483,7 @@ def flag(name):
 
 
 def parse(argv=None):
-    """The flags are the fields of Config, their help the comments there. Returns (the preset's values, the flags given)."""
+    """The flags are Config's fields, their help the comments there. -> (the preset's values, the flags given)."""
     notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(Config), re.M))
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     p.error = bad
@@ -502,13 +510,15 @@ def parse(argv=None):
 
 # ----- data (shared) -----
 class Tokenizer:
-    """encode: str -> array of ids, decode: ids -> str. kind: char | byte | gpt2 | a tokenizer.json, or its hub name | a RWKV vocabulary."""
+    """encode: str -> array of ids, decode: ids -> str.
+    kind: char | byte | gpt2 | a tokenizer.json, or its hub name | a RWKV vocabulary."""
 
     def __init__(self, kind, chars=""):
         self.kind, self.chars = kind, chars  # chars: the sorted characters of kind char; an id is a place among them
         try:
             if kind == "char":
-                self.vocab, self.encode, self.decode = len(chars), self.places, lambda ids: "".join(chars[i] for i in ids)
+                self.vocab, self.encode, self.decode = (len(chars), self.places,
+                                                        lambda ids: "".join(chars[i] for i in ids))
             elif kind == "byte":
                 self.vocab, self.encode = 256, lambda text: np.frombuffer(text.encode(), np.uint8)
                 self.decode = lambda ids: bytes(ids).decode(errors="replace")
@@ -521,7 +531,8 @@ class Tokenizer:
             elif kind.endswith(".json") or re.fullmatch(r"[\w.-]+/[\w.-]+", kind) and not Path(kind).exists():
                 import tokenizers
 
-                hf = (tokenizers.Tokenizer.from_file if kind.endswith(".json") else tokenizers.Tokenizer.from_pretrained)(kind)
+                hf = (tokenizers.Tokenizer.from_file if kind.endswith(".json")
+                      else tokenizers.Tokenizer.from_pretrained)(kind)
                 self.vocab, self.decode = hf.get_vocab_size(), hf.decode
                 self.encode = lambda text: np.array(hf.encode(text, add_special_tokens=False).ids, np.int64)
             elif Path(kind).is_file():  # RWKV: each line is an id, the token as a Python literal, and its length
@@ -540,7 +551,8 @@ class Tokenizer:
         known, codes = np.array([ord(c) for c in self.chars]), np.frombuffer(text.encode("utf-32-le"), "<u4")
         ids = np.searchsorted(known, codes).clip(max=len(known) - 1)
         if (wrong := codes[known[ids] != codes]).size:
-            bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); --tok byte knows every text")
+            bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); "
+                "--tok byte knows every text")
         return ids
 
     def longest(self, text):  # greedy: the longest word that the text goes on with
@@ -553,7 +565,7 @@ class Tokenizer:
 
 
 class Stream:
-    """The tokens of one split: shards end to end. A window of seq + 1 tokens never crosses from one shard into the next."""
+    """The tokens of one split: shards end to end. A window of seq + 1 tokens never crosses the end of a shard."""
 
     def __init__(self, shards, cfg, name):
         self.shards = [s for s in shards if len(s) > cfg.seq]
@@ -561,7 +573,8 @@ class Stream:
         if not self.shards:
             bad(f"--seq {cfg.seq}: {self.name} has only {max(map(len, shards), default=0):,} tokens in a piece")
         self.seq, self.vocab, self.tokens = cfg.seq, cfg.vocab, sum(map(len, shards))
-        self.first = np.cumsum([0] + [len(s) - cfg.seq for s in self.shards])  # number of each shard's first window, and of all
+        # the number of each shard's first window, and at the end that of all windows
+        self.first = np.cumsum([0] + [len(s) - cfg.seq for s in self.shards])
 
     def windows(self, numbers):
         """Window numbers (n) -> inputs and targets (n, seq) int64; a target is the token after its input."""
@@ -571,7 +584,8 @@ class Stream:
             rows.append(self.shards[s][i - self.first[s] :][: self.seq + 1])
         w = torch.from_numpy(np.stack(rows).astype(np.int64))
         if w.max() >= self.vocab:
-            bad(f"{self.name}: token id {w.max()} is outside the vocabulary of {self.vocab}; --tok must be the data's own")
+            bad(f"{self.name}: token id {w.max()} is outside the vocabulary of {self.vocab}; "
+                "--tok must be the data's own")
         return w[:, :-1].contiguous(), w[:, 1:].contiguous()
 
     def batch(self, cfg, step, micro, rank, world):
@@ -591,7 +605,7 @@ class Stream:
 
 
 def shard(path):
-    """Memory-mapped tokens of nanoGPT's .bin (no header, uint16, uint32 above 65,536 words) or llm.c's (header of 1024 bytes)."""
+    """nanoGPT's .bin (no header, uint16, uint32 above 65,536 words) or llm.c's (1024-byte header) -> mapped tokens."""
     head = np.fromfile(path, "<i4", 256)
     if len(head) == 256 and head[0] in (20240520, 20240801):
         tokens = np.memmap(path, "<u2" if head[0] == 20240520 else "<u4", "r", offset=1024)
@@ -611,7 +625,7 @@ class PlainPickle(pickle.Unpickler):
 
 
 def prepared(cfg, given, tok):
-    """The folder of a set in data/, made by data/<name>.py the first time. Without a network stdlib stands in for the default."""
+    """The folder of a set in data/, made once by data/<name>.py. Without a network stdlib stands in for the default."""
     script = Path(__file__).parent / "data" / f"{cfg.data}.py"
     kind = cfg.tok or re.search(r'^NAME, TOK = "\w+", "(\w+)"', script.read_text(), re.M).group(1)
     folder = script.with_suffix("") / kind
@@ -628,11 +642,12 @@ def prepared(cfg, given, tok):
 
 
 def load_text(cfg, given, tok):
-    """-> (training Stream, validation Stream, Tokenizer); sets cfg.tok and cfg.vocab. tok: a checkpoint's, which must fit."""
+    """-> training and validation Stream, Tokenizer; sets cfg.tok and cfg.vocab. tok: a checkpoint's, which must fit."""
     folder, text = Path(__file__).parent / "data", None
     cfg.tok = cfg.tok or (tok.kind if tok else "")
     if not folder.is_dir() and cfg.data in ("shakespeare", "stdlib") and "data" not in given:  # this file alone
-        print("!!! no data/ beside this file: training on the source of Python's own library; --data my.txt for your text")
+        print("!!! no data/ beside this file: training on the source of Python's own library; "
+              "--data my.txt for your text")
         root = Path(sysconfig.get_paths()["stdlib"])
         text = "\n".join(f.read_text(errors="replace") for f in sorted([*root.glob("*.py"), *root.glob("*/*.py")]))
         cfg.data, cfg.tok = "stdlib", "byte"
@@ -658,7 +673,8 @@ def load_text(cfg, given, tok):
         files = [f for f in files if f.suffix == ".bin"]
         if not files:
             names = ", ".join(sorted(texts))
-            bad(f"--data {cfg.data}: no .txt, .jsonl, folder or glob of .bin shards" + (f", nor one of {names}" if names else ""))
+            bad(f"--data {cfg.data}: no .txt, .jsonl, folder or glob of .bin shards"
+                + (f", nor one of {names}" if names else ""))
         meta, old = files[0].parent / "meta.json", files[0].parent / "meta.pkl"
         kind, chars = cfg.tok or "gpt2", ""
         try:
@@ -671,10 +687,12 @@ def load_text(cfg, given, tok):
         except Exception as e:  # JSON and pickle have many
             bad(f"{files[0].parent}: meta.json or meta.pkl is damaged ({e})")
         if tok and (tok.kind, tok.chars) != (kind, chars) or cfg.tok and cfg.tok != kind:
-            bad(f"--data {cfg.data}: its tokens are {kind}, but {tok.kind if tok else cfg.tok} is asked for, or other characters")
+            bad(f"--data {cfg.data}: its tokens are {kind}, but {tok.kind if tok else cfg.tok} is asked for, "
+                "or other characters")
         cfg.tok, tok = kind, tok or Tokenizer(kind, chars)
         val = [f for f in files if "val" in f.name]
-        parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name], val=[shard(f) for f in val])
+        parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name],
+                     val=[shard(f) for f in val])
         if not val:  # shards without a split: the last tenth of the last one
             *rest, last = parts["train"]
             parts = dict(train=[*rest, last[: len(last) * 9 // 10]], val=[last[len(last) * 9 // 10 :]])
@@ -707,10 +725,11 @@ def schedule(step, cfg):
 
 # ----- optimizer (shared) -----
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step, 0.2 sqrt(max(m, n)) (Liu et al. 2025, arXiv:2502.16982).
+    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step (Liu et al. 2025, arXiv:2502.16982).
 
-    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1. torch.optim.Muon
-    does it in bf16, which a CPU without bf16 units does at 1/100 of its speed; here in fp32 there, matrices of a shape at once.
+    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1; a step is
+    0.2 sqrt(max(m, n)) X. torch.optim.Muon iterates in bf16, which a CPU without bf16 units does at 1/100 of its
+    speed; here in fp32 there, matrices of a shape at once.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -725,10 +744,10 @@ class Muon(torch.optim.Optimizer):
                     shapes.setdefault(p.shape, []).append(p)
                     self.state[p].setdefault("momentum", torch.zeros_like(p))
             for shape, ps in shapes.items():
-                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row makes a channel
+                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row a channel
                 grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
                 torch._foreach_lerp_(M, grads, 1 - group["momentum"])
-                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov's look ahead
+                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov momentum
                 X = X.bfloat16() if X.is_cuda else X
                 X = X.mT if m > n else X
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -737,7 +756,8 @@ class Muon(torch.optim.Optimizer):
                     X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
                 X = X.mT if m > n else X
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
+                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)),
+                                    alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
 
 
 def make_optimizers(model, cfg):
@@ -771,7 +791,7 @@ def swap(optimizers):
 
 
 def set_lr(optimizers, step, cfg):
-    """lr and weight decay of this step: what the groups began with, times schedule(); a group's lr_scale multiplies its lr."""
+    """lr and weight decay of this step: the initial ones times schedule(); a group's lr_scale multiplies its lr."""
     lr, wd = schedule(step, cfg)
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"], group["weight_decay"] = cfg.lr * lr * group["lr_scale"], group["wd"] * wd
@@ -783,7 +803,7 @@ def set_lr(optimizers, step, cfg):
 
 # ----- checkpoint (shared) -----
 def write_file(path, write):
-    """write(a temporary path), onto the disk, rename: at any instant path is the whole old file or the whole new one."""
+    """write(a temporary path), onto the disk, rename: at any instant path is the whole old or the whole new file."""
     tmp = f"{path}.tmp"
     write(tmp)
     with open(tmp, "rb") as f:
@@ -797,11 +817,12 @@ def write_weights(folder, tensors, config, name="model", new="", step=None):
     config_name = "adapter_config.json" if name == "adapter_model" else "config.json"
     write_file(f"{folder}/{config_name}", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
     tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
-    write_file(f"{folder}/{name}.safetensors{new}", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
+    write_file(f"{folder}/{name}.safetensors{new}",
+               lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
 
 
 def find_checkpoint(source):
-    """A folder, a file, or a model's name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
+    """A folder, a file, or a name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
     if Path(source).exists():
         return Path(source)
     try:
@@ -810,13 +831,15 @@ def find_checkpoint(source):
         if len(parts := source.split("/")) > 2:
             return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
         path = Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
-        return path if [*path.glob("*.safetensors")] else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"]))
+        return (path if [*path.glob("*.safetensors")]
+                else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"])))
     except Exception as e:  # no such name, no network, no library
-        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); a hub name is owner/name")
+        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); "
+            "a hub name is owner/name")
 
 
 def read_checkpoint(path):
-    """A folder, or a weights file in one -> (config.json as a dict, tensors by name). Only plain tensors are ever unpickled."""
+    """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
     folder = path if path.is_dir() else path.parent
     try:
         config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
@@ -825,10 +848,12 @@ def read_checkpoint(path):
         elif index.is_file():
             files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         else:
-            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file() else "pytorch_model.bin")]
+            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file()
+                               else "pytorch_model.bin")]
         tensors = {}
         for f in files:
-            tensors |= load_file(f) if f.suffix == ".safetensors" else torch.load(f, map_location="cpu", weights_only=True)
+            tensors |= (load_file(f) if f.suffix == ".safetensors"
+                        else torch.load(f, map_location="cpu", weights_only=True))
         return config, tensors
     except FileNotFoundError as e:
         bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
@@ -855,7 +880,8 @@ def sharded(cfg):
 
 
 def save(cfg, model, optimizers, tok, step, best):
-    """The run's folder. Both large files are whole on the disk before the first rename, which decides (load_run ends the second)."""
+    """The run's folder. Both large files are whole on the disk before the first rename, which decides
+    (load_run ends the second)."""
     weights, states = model.state_dict, [o.state_dict for o in optimizers]
     if cfg.fsdp:
         D, how = sharded(cfg)
@@ -880,7 +906,7 @@ def load_run(out):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for new in Path(out).rglob("*.safetensors.new"):
-            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of train_state.pt's step here
+            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of state's step here
                 if f.metadata()["step"] == str(state["step"]):
                     os.replace(new, new.with_suffix(""))
         return state
@@ -916,7 +942,7 @@ def pick_device(cfg):
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    elif sys.platform == "linux":  # glibc: keep freed memory for the next step instead of returning its pages, 4 to 8% of a step
+    elif sys.platform == "linux":  # glibc: keep freed pages for the next step, which saves 4 to 8% of it
         ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
     if "RANK" in os.environ:
@@ -925,7 +951,7 @@ def pick_device(cfg):
 
 
 def bf16_pays(device, model, batch):
-    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if they are faster, a whole micro-step."""
+    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if faster, a whole micro-step."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False), "auto"
 
@@ -949,7 +975,7 @@ def bf16_pays(device, model, batch):
 
 @torch.no_grad()
 def evaluate(model, stream, cfg, device, cast):
-    """Mean loss over the split's fixed windows. Every process does them all, so that the number does not depend on how many."""
+    """Mean loss over the split's fixed windows. Every process does them all, so it does not depend on how many."""
     model.eval()
     total, numbers = 0.0, stream.fixed(cfg)
     for i in range(0, len(numbers), cfg.batch):
@@ -961,7 +987,7 @@ def evaluate(model, stream, cfg, device, cast):
 
 
 def train(cfg, given, model, tok, state):
-    """model, tok: from a checkpoint, or None; state: load_run()'s of the run that goes on, or None. Returns the last val loss."""
+    """model, tok: of a checkpoint, or None; state: load_run()'s of the run that goes on, or None. -> last val loss."""
     device, rank, world = pick_device(cfg)
     say = print if rank == 0 else lambda *a, **k: None
     if rank:
@@ -997,7 +1023,8 @@ def train(cfg, given, model, tok, state):
     step, best, val, rows = 0, math.inf, None, []
     if state:
         step, best, val = state["step"], state["best"], None
-        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline="")) if r and r[0].isdigit() and int(r[0]) <= step]
+        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline=""))
+                if r and r[0].isdigit() and int(r[0]) <= step]
         for o, s in zip(optimizers, state["optimizers"]):
             if cfg.fsdp:
                 D, how = sharded(cfg)
@@ -1012,10 +1039,13 @@ def train(cfg, given, model, tok, state):
     per_step, params = cfg.batch * cfg.accum * seq, [p for p in model.parameters() if p.requires_grad]
     ops = sys.modules.get("kernels.norm")
     form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
-    about = train_data.about() if unit != "token" else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}"
+    about = (train_data.about() if unit != "token"
+             else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}")
     say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {about}")
-    say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | {cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
-    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | {form}{' | compiled' * cfg.compile}")
+    say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | "
+        f"{cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
+    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | "
+        f"{form}{' | compiled' * cfg.compile}")
 
     log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
     log.writerows([("step", f"{unit}s", "seconds", "loss", "val", "lr", "norm", f"{unit[:3]}_s"), *rows])
@@ -1055,7 +1085,8 @@ def train(cfg, given, model, tok, state):
         if not (due or step % cfg.log_every == 0 or step == begun + 1 or device.type == "cpu"):
             continue  # from here on the GPU is waited for
         if wrong.item() >= 0:
-            good = "no checkpoint yet" if saved is None else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})"
+            good = ("no checkpoint yet" if saved is None
+                    else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})")
             bad(f"step {wrong.item()}: the loss is not finite; {good}; a smaller --lr helps")
         if due:
             swap(optimizers)
@@ -1074,7 +1105,8 @@ def train(cfg, given, model, tok, state):
             left = (now - start) / (step - begun) * (cfg.steps - step)
             peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mb()
             v = repr(val) if due and not halt else ""
-            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr, repr(norm.item()), f"{speed:.0f}"))
+            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr,
+                          repr(norm.item()), f"{speed:.0f}"))
             shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
             say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
                 f"{speed:,.0f} {unit[:3]}/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
@@ -1082,11 +1114,12 @@ def train(cfg, given, model, tok, state):
         say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
     else:
         swap(optimizers)
-        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended before has none yet
-        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, after {before + time.perf_counter() - start:.0f} s of training")
+        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended has none yet
+        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, "
+            f"after {before + time.perf_counter() - start:.0f} s of training")
         if not cfg.fsdp and rank == 0:
             show(cfg, model, tok, val_data.start())
-        say(f"the weights, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample \"...\"")
+        say(f'the weights, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample "..."')
     if "RANK" in os.environ:
         dist.destroy_process_group()
     return val
@@ -1121,7 +1154,7 @@ def generate(model, tokens, cfg):
     model.eval()
     generator = torch.Generator(tokens.device).manual_seed(cfg.seed)
     limit = model.context or math.inf  # a recurrent model has none
-    seen, new, held, state, stop = tokens, tokens, 0, model.init_state(1), getattr(model, "stop", ())  # ids that end an answer
+    seen, new, held, state, stop = tokens, tokens, 0, model.init_state(1), getattr(model, "stop", ())  # end-of-text ids
     for _ in range(cfg.tokens):
         if held + new.shape[1] > limit:  # the context is full: begin again with its later half
             held, new, state = 0, seen[:, -max(1, limit // 2) :], model.init_state(1)
@@ -1158,7 +1191,7 @@ def sample(cfg, model, tok):
     show(cfg, model, tok, tok.encode(cfg.sample))
 
 
-SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from, and flags that ask something of it
+SOURCES = dict(init=Model.from_pretrained)  # flags that name where a model comes from; flags that ask something of it
 ACTIONS = dict(sample=sample)
 
 
@@ -1174,15 +1207,18 @@ def main(argv=None):
     if given.get("resume") or action and not origin:
         state, wanted = load_run(out), "resume" if given.get("resume") else action
         if origin or state is None and (wanted == "resume" or not Path(out, "config.json").is_file()):
-            reason = f"{flag(origin)} starts another run: one of the two" if origin else f"no run in {out}; --out names its folder"
+            reason = (f"{flag(origin)} starts another run: one of the two" if origin
+                      else f"no run in {out}; --out names its folder")
             bad(f"{flag(wanted)}: {reason}")
-        kept = {k: v for k, v in (state or {}).get("config", {}).items() if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
+        kept = {k: v for k, v in (state or {}).get("config", {}).items()
+                if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
         origin, source, preset = "init", out, preset | kept | dict(out=out)
     else:
         origin = origin or next((k for k in SOURCES if preset.get(k)), None)
         source = (preset | given).get(origin)
     if source:
-        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items() if k not in SOURCES and (k in given or k not in SIZES)})
+        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items()
+                                           if k not in SOURCES and (k in given or k not in SIZES)})
         source = source if isinstance(source, str) else source[0]
         tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), getattr(model.cfg, "vocab", 0))
         preset |= {k: getattr(model.cfg, k) for k in SIZES}

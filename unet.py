@@ -999,7 +999,7 @@ def flag(name):
 
 
 def parse(argv=None):
-    """The flags are the fields of Config, their help the comments there. Returns (the preset's values, the flags given)."""
+    """The flags are Config's fields, their help the comments there. -> (the preset's values, the flags given)."""
     notes = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(Config), re.M))
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
     p.error = bad
@@ -1440,10 +1440,11 @@ def schedule(step, cfg):
 
 # ----- optimizer (shared) -----
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step, 0.2 sqrt(max(m, n)) (Liu et al. 2025, arXiv:2502.16982).
+    """Momentum, orthogonalised (Jordan et al. 2024), at AdamW's size of step (Liu et al. 2025, arXiv:2502.16982).
 
-    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1. torch.optim.Muon
-    does it in bf16, which a CPU without bf16 units does at 1/100 of its speed; here in fp32 there, matrices of a shape at once.
+    X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1; a step is
+    0.2 sqrt(max(m, n)) X. torch.optim.Muon iterates in bf16, which a CPU without bf16 units does at 1/100 of its
+    speed; here in fp32 there, matrices of a shape at once.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -1458,10 +1459,10 @@ class Muon(torch.optim.Optimizer):
                     shapes.setdefault(p.shape, []).append(p)
                     self.state[p].setdefault("momentum", torch.zeros_like(p))
             for shape, ps in shapes.items():
-                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row makes a channel
+                m, n = shape[-2:] if len(shape) < 4 else (shape[0], shape[1:].numel())  # a convolution: a row a channel
                 grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
                 torch._foreach_lerp_(M, grads, 1 - group["momentum"])
-                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov's look ahead
+                X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov momentum
                 X = X.bfloat16() if X.is_cuda else X
                 X = X.mT if m > n else X
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -1470,7 +1471,8 @@ class Muon(torch.optim.Optimizer):
                     X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
                 X = X.mT if m > n else X
                 torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)), alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
+                torch._foreach_add_(ps, list(X.to(ps[0].dtype).reshape(-1, *shape)),
+                                    alpha=-group["lr"] * 0.2 * max(m, n) ** 0.5)
 
 
 def make_optimizers(model, cfg):
@@ -1504,7 +1506,7 @@ def swap(optimizers):
 
 
 def set_lr(optimizers, step, cfg):
-    """lr and weight decay of this step: what the groups began with, times schedule(); a group's lr_scale multiplies its lr."""
+    """lr and weight decay of this step: the initial ones times schedule(); a group's lr_scale multiplies its lr."""
     lr, wd = schedule(step, cfg)
     for group in (g for o in optimizers for g in o.param_groups):
         group["lr"], group["weight_decay"] = cfg.lr * lr * group["lr_scale"], group["wd"] * wd
@@ -1516,7 +1518,7 @@ def set_lr(optimizers, step, cfg):
 
 # ----- checkpoint (shared) -----
 def write_file(path, write):
-    """write(a temporary path), onto the disk, rename: at any instant path is the whole old file or the whole new one."""
+    """write(a temporary path), onto the disk, rename: at any instant path is the whole old or the whole new file."""
     tmp = f"{path}.tmp"
     write(tmp)
     with open(tmp, "rb") as f:
@@ -1530,11 +1532,12 @@ def write_weights(folder, tensors, config, name="model", new="", step=None):
     config_name = "adapter_config.json" if name == "adapter_model" else "config.json"
     write_file(f"{folder}/{config_name}", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
     tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
-    write_file(f"{folder}/{name}.safetensors{new}", lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
+    write_file(f"{folder}/{name}.safetensors{new}",
+               lambda tmp: save_file(tensors, tmp, metadata={"format": "pt", "step": str(step)}))
 
 
 def find_checkpoint(source):
-    """A folder, a file, or a model's name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
+    """A folder, a file, or a name on the Hugging Face hub (owner/name, owner/name/file), downloaded once -> Path."""
     if Path(source).exists():
         return Path(source)
     try:
@@ -1543,13 +1546,15 @@ def find_checkpoint(source):
         if len(parts := source.split("/")) > 2:
             return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
         path = Path(snapshot_download(source, allow_patterns=["*.json", "model*.safetensors"]))
-        return path if [*path.glob("*.safetensors")] else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"]))
+        return (path if [*path.glob("*.safetensors")]
+                else Path(snapshot_download(source, allow_patterns=["*.json", "pytorch_model*"])))
     except Exception as e:  # no such name, no network, no library
-        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); a hub name is owner/name")
+        bad(f"{source}: no such file or folder, and the hub does not give it ({type(e).__name__}); "
+            "a hub name is owner/name")
 
 
 def read_checkpoint(path):
-    """A folder, or a weights file in one -> (config.json as a dict, tensors by name). Only plain tensors are ever unpickled."""
+    """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
     folder = path if path.is_dir() else path.parent
     try:
         config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
@@ -1558,10 +1563,12 @@ def read_checkpoint(path):
         elif index.is_file():
             files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         else:
-            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file() else "pytorch_model.bin")]
+            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file()
+                               else "pytorch_model.bin")]
         tensors = {}
         for f in files:
-            tensors |= load_file(f) if f.suffix == ".safetensors" else torch.load(f, map_location="cpu", weights_only=True)
+            tensors |= (load_file(f) if f.suffix == ".safetensors"
+                        else torch.load(f, map_location="cpu", weights_only=True))
         return config, tensors
     except FileNotFoundError as e:
         bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
@@ -1588,7 +1595,8 @@ def sharded(cfg):
 
 
 def save(cfg, model, optimizers, tok, step, best):
-    """The run's folder. Both large files are whole on the disk before the first rename, which decides (load_run ends the second)."""
+    """The run's folder. Both large files are whole on the disk before the first rename, which decides
+    (load_run ends the second)."""
     weights, states = model.state_dict, [o.state_dict for o in optimizers]
     if cfg.fsdp:
         D, how = sharded(cfg)
@@ -1613,7 +1621,7 @@ def load_run(out):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         for new in Path(out).rglob("*.safetensors.new"):
-            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of train_state.pt's step here
+            with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of state's step here
                 if f.metadata()["step"] == str(state["step"]):
                     os.replace(new, new.with_suffix(""))
         return state
@@ -1649,7 +1657,7 @@ def pick_device(cfg):
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    elif sys.platform == "linux":  # glibc: keep freed memory for the next step instead of returning its pages, 4 to 8% of a step
+    elif sys.platform == "linux":  # glibc: keep freed pages for the next step, which saves 4 to 8% of it
         ctypes.CDLL(None).mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
         ctypes.CDLL(None).mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
     if "RANK" in os.environ:
@@ -1658,7 +1666,7 @@ def pick_device(cfg):
 
 
 def bf16_pays(device, model, batch):
-    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if they are faster, a whole micro-step."""
+    """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if faster, a whole micro-step."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False), "auto"
 
@@ -1682,7 +1690,7 @@ def bf16_pays(device, model, batch):
 
 @torch.no_grad()
 def evaluate(model, stream, cfg, device, cast):
-    """Mean loss over the split's fixed windows. Every process does them all, so that the number does not depend on how many."""
+    """Mean loss over the split's fixed windows. Every process does them all, so it does not depend on how many."""
     model.eval()
     total, numbers = 0.0, stream.fixed(cfg)
     for i in range(0, len(numbers), cfg.batch):
@@ -1694,7 +1702,7 @@ def evaluate(model, stream, cfg, device, cast):
 
 
 def train(cfg, given, model, tok, state):
-    """model, tok: from a checkpoint, or None; state: load_run()'s of the run that goes on, or None. Returns the last val loss."""
+    """model, tok: of a checkpoint, or None; state: load_run()'s of the run that goes on, or None. -> last val loss."""
     device, rank, world = pick_device(cfg)
     say = print if rank == 0 else lambda *a, **k: None
     if rank:
@@ -1730,7 +1738,8 @@ def train(cfg, given, model, tok, state):
     step, best, val, rows = 0, math.inf, None, []
     if state:
         step, best, val = state["step"], state["best"], None
-        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline="")) if r and r[0].isdigit() and int(r[0]) <= step]
+        rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline=""))
+                if r and r[0].isdigit() and int(r[0]) <= step]
         for o, s in zip(optimizers, state["optimizers"]):
             if cfg.fsdp:
                 D, how = sharded(cfg)
@@ -1745,10 +1754,13 @@ def train(cfg, given, model, tok, state):
     per_step, params = cfg.batch * cfg.accum * seq, [p for p in model.parameters() if p.requires_grad]
     ops = sys.modules.get("kernels.norm")
     form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
-    about = train_data.about() if unit != "token" else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}"
+    about = (train_data.about() if unit != "token"
+             else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}")
     say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {about}")
-    say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | {cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
-    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | {form}{' | compiled' * cfg.compile}")
+    say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | "
+        f"{cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
+    say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | "
+        f"{form}{' | compiled' * cfg.compile}")
 
     log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
     log.writerows([("step", f"{unit}s", "seconds", "loss", "val", "lr", "norm", f"{unit[:3]}_s"), *rows])
@@ -1788,7 +1800,8 @@ def train(cfg, given, model, tok, state):
         if not (due or step % cfg.log_every == 0 or step == begun + 1 or device.type == "cpu"):
             continue  # from here on the GPU is waited for
         if wrong.item() >= 0:
-            good = "no checkpoint yet" if saved is None else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})"
+            good = ("no checkpoint yet" if saved is None
+                    else f"the last good checkpoint is step {saved} (--resume --out {cfg.out})")
             bad(f"step {wrong.item()}: the loss is not finite; {good}; a smaller --lr helps")
         if due:
             swap(optimizers)
@@ -1807,7 +1820,8 @@ def train(cfg, given, model, tok, state):
             left = (now - start) / (step - begun) * (cfg.steps - step)
             peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_mb()
             v = repr(val) if due and not halt else ""
-            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr, repr(norm.item()), f"{speed:.0f}"))
+            log.writerow((step, step * per_step, f"{before + now - start:.3f}", repr(total.item()), v, lr,
+                          repr(norm.item()), f"{speed:.0f}"))
             shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
             say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
                 f"{speed:,.0f} {unit[:3]}/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
@@ -1815,11 +1829,12 @@ def train(cfg, given, model, tok, state):
         say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
     else:
         swap(optimizers)
-        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended before has none yet
-        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, after {before + time.perf_counter() - start:.0f} s of training")
+        val = evaluate(run, val_data, cfg, device, cast) if val is None else val  # a run that had ended has none yet
+        say(f"final val loss {val:.4f}, best {min(best, val):.4f}, "
+            f"after {before + time.perf_counter() - start:.0f} s of training")
         if not cfg.fsdp and rank == 0:
             show(cfg, model, tok, val_data.start())
-        say(f"the weights, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample \"...\"")
+        say(f'the weights, train_state.pt and log.csv are in {cfg.out}; python {ME}.py --out {cfg.out} --sample "..."')
     if "RANK" in os.environ:
         dist.destroy_process_group()
     return val
@@ -1842,15 +1857,18 @@ def main(argv=None):
     if given.get("resume") or action and not origin:
         state, wanted = load_run(out), "resume" if given.get("resume") else action
         if origin or state is None and (wanted == "resume" or not Path(out, "config.json").is_file()):
-            reason = f"{flag(origin)} starts another run: one of the two" if origin else f"no run in {out}; --out names its folder"
+            reason = (f"{flag(origin)} starts another run: one of the two" if origin
+                      else f"no run in {out}; --out names its folder")
             bad(f"{flag(wanted)}: {reason}")
-        kept = {k: v for k, v in (state or {}).get("config", {}).items() if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
+        kept = {k: v for k, v in (state or {}).get("config", {}).items()
+                if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
         origin, source, preset = "init", out, preset | kept | dict(out=out)
     else:
         origin = origin or next((k for k in SOURCES if preset.get(k)), None)
         source = (preset | given).get(origin)
     if source:
-        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items() if k not in SOURCES and (k in given or k not in SIZES)})
+        model = SOURCES[origin](source, **{k: v for k, v in (preset | given).items()
+                                           if k not in SOURCES and (k in given or k not in SIZES)})
         source = source if isinstance(source, str) else source[0]
         tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), getattr(model.cfg, "vocab", 0))
         preset |= {k: getattr(model.cfg, k) for k in SIZES}
