@@ -1,6 +1,6 @@
 """
-Shapes: drawn here, so that nothing is downloaded. One shape a picture: six colours, five forms, small or large, on dark or
-light grey, with a label ("red circle") and a caption ("a small red circle"; a quarter of them without the size).
+Shapes: drawn here, so that nothing is downloaded. One shape a picture: six colours, five forms, small or large, on dark
+or light grey, with a label ("red circle") and a caption ("a small red circle"; a quarter of them without the size).
 
     python data/shapes.py                       20,000 + 1,000 pictures of 32 x 32
     python data/shapes.py --size 64             of 64 x 64, into data/shapes/64
@@ -14,7 +14,8 @@ NAME, PICTURES = "shapes", True
 
 
 # ----- shapes (shared) -----
-COLOURS = dict(red=(220, 40, 40), green=(40, 180, 60), blue=(50, 80, 230), yellow=(235, 210, 30), purple=(170, 50, 200), cyan=(30, 200, 210))
+COLOURS = dict(red=(220, 40, 40), green=(40, 180, 60), blue=(50, 80, 230), yellow=(235, 210, 30),
+               purple=(170, 50, 200), cyan=(30, 200, 210))  # fmt: skip
 FORMS = ("circle", "square", "triangle", "ring", "cross")
 
 
@@ -32,7 +33,7 @@ def outside(form, x, y, r):
 
 
 def draw_shapes(n, size, seed):
-    """n pictures of one shape each -> images (n, size, size, 3) uint8, labels (n,), captions (n,), and the labels' names."""
+    """n pictures of a shape each -> images (n, size, size, 3) uint8, labels (n,), captions (n,), the labels' names."""
     rng = np.random.default_rng((seed, size))
     names = [f"{c} {f}" for c in COLOURS for f in FORMS]
     labels, large, told = rng.integers(len(names), size=n), rng.random(n) < 0.5, rng.random(n) < 0.75
