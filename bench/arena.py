@@ -1,17 +1,17 @@
 """The arena: the language models side by side, same data, same parameters, same tokens; then the same time.
 
-    python bench/arena.py run --size 1M --data my.txt              every row: trains it, one after the other, then measures it
-    python bench/arena.py run --size 1M --row retnet --seed 2      one row, one seed: a stranger can repeat it
-    python bench/arena.py run --size 1M --seconds 120              as many steps as fit into the time, by the speed of the runs over tokens
-    python bench/arena.py table --size 1M                          the table (Markdown) and the curves of what has run, by tokens and by time: arena-1M.png
-    python bench/arena.py recall                                   data/recall.py: what can be looked up, by the number of pairs
-    python bench/arena.py states                                   data/states.py: a product of permutations, by its length
+    python bench/arena.py run --size 1M --data my.txt            every row, one after the other: trains it, measures it
+    python bench/arena.py run --size 1M --row retnet --seed 2    one row, one seed: a stranger can repeat it
+    python bench/arena.py run --size 1M --seconds 120            the steps that fit, by the speed of runs over tokens
+    python bench/arena.py table --size 1M                        a table; its curves by tokens, by time: arena-1M.png
+    python bench/arena.py recall                                 data/recall.py: what is looked up, by number of pairs
+    python bench/arena.py states                                 data/states.py: a product of permutations, by length
 
-A run is the file's own command line, so it resumes and leaves what every run leaves, in out/arena/<size>-<seed>/<row>; a run that
-is there is not made again. Sizes count parameters without embedding and head and agree within 5% (tests/test_arena.py). `MB` is
-the most that tensors hold in a training step, `state` what generation carries after so many tokens; its speed is greedy, batch 1.
-Speeds, and `s`, the training's time at that speed, are those of the fastest seed: what else ran on the machine can only have slowed the
-others.
+A run is the file's own command line, so it resumes and leaves what every run leaves, in out/arena/<size>-<seed>/<row>;
+a run that is there is not made again. Sizes count parameters without embedding and head and agree within 5%
+(tests/test_arena.py). `MB` is the most that tensors hold in a training step, `state` what generation carries after so
+many tokens; its speed is greedy, batch 1. Speeds, and `s`, the training's time at that speed, are those of the fastest
+seed: what else ran on the machine can only have slowed the others.
 """
 
 import argparse
@@ -69,9 +69,10 @@ TRAIN = {
     "1M": "--batch 16 --seq 128 --steps 1000 --lr 3e-3 --warmup 50 --optim adamw --dtype fp32 --eval-every 125",
     "10M": "--batch 8 --seq 256 --steps 2000 --lr 1e-3 --warmup 100 --optim adamw --dtype fp32 --eval-every 250",
 }
-# the small models that learn recall and states: about 100,000 parameters, 64 wide (two blocks of Mamba are about one of the others)
+# the models of recall and states: about 100,000 parameters, 64 wide (two blocks of Mamba are about one of the others)
 TASK = {row: "--layers 2 --dim 64 --heads 2" for row in ("gpt2", "retnet", "bitnet", "moe")}
-TASK |= {"mamba-1": "--layers 3 --dim 64", "mamba-2": "--layers 3 --dim 64 --state 64 --head-dim 32", "rwkv": "--layers 2 --dim 64 --head-dim 32"}
+TASK |= {"mamba-1": "--layers 3 --dim 64", "mamba-2": "--layers 3 --dim 64 --state 64 --head-dim 32",
+         "rwkv": "--layers 2 --dim 64 --head-dim 32"}
 EMBEDDING = re.compile(r"wte|wpe|emb|head\.weight|output_projection")  # names of what has a row per token or position
 
 
@@ -121,22 +122,27 @@ def run(row, size, seed, data, seconds=0):
     if (out / "arena.json").is_file():
         return print(f"{row}: done, in {out}")
     file, *own = ROWS[row].split()
-    flags = [*own, *SIZES[size][row].split(), *TRAIN[size].split(), "--data", data, "--seed", str(seed), "--out", str(out)]
+    flags = [*own, *SIZES[size][row].split(), *TRAIN[size].split(), "--data", data, "--seed", str(seed),
+             "--out", str(out)]
     if seconds:
-        first = [json.loads(p.read_text()) for p in (ROOT / "out" / "arena").glob(f"{size}-*/{row}/arena.json") if not p.parts[-3].endswith("s")]
+        first = [json.loads(p.read_text()) for p in (ROOT / "out" / "arena").glob(f"{size}-*/{row}/arena.json")
+                 if not p.parts[-3].endswith("s")]
         if not first:
             bad(f"--seconds {seconds}: needs the speed of {row}'s run over tokens; run it without --seconds first")
         result = max(first, key=lambda r: r["tok_s"])
         steps = max(100, round(seconds * result["tok_s"] / result["tokens"] * result["steps"]))
         flags += ["--steps", str(steps), "--eval-every", str(max(10, steps // 8))]
-    command = [sys.executable, str(ROOT / file), *(["--resume", "--out", str(out)] if (out / "train_state.pt").is_file() else flags)]
+    command = [sys.executable, str(ROOT / file),
+               *(["--resume", "--out", str(out)] if (out / "train_state.pt").is_file() else flags)]
     print("$", *command[1:], flush=True)
     if subprocess.run(command).returncode:
         bad(f"{row}: its run failed")
     log = rows_of(out)
     result = dict(row=row, steps=int(log[-1]["step"]), tokens=int(log[-1]["tokens"]), seconds=float(log[-1]["seconds"]),
-                  tok_s=statistics.median(float(r["tok_s"]) for r in log), val=float(log[-1]["val"]), command=command[1:])  # fmt: skip
-    module, cfg, model = model_of(row, SIZES[size][row], vocab=json.loads((out / "config.json").read_text())["vocab_size"])
+                  tok_s=statistics.median(float(r["tok_s"]) for r in log), val=float(log[-1]["val"]),
+                  command=command[1:])  # fmt: skip
+    module, cfg, model = model_of(row, SIZES[size][row],
+                                  vocab=json.loads((out / "config.json").read_text())["vocab_size"])
     result |= dict(body=body(model), held=held(row, size, cfg.vocab), **speaking(row, size, cfg.vocab))
     (out / "arena.json").write_text(json.dumps(result, indent=2))
 
@@ -144,7 +150,8 @@ def run(row, size, seed, data, seconds=0):
 def held(row, size, vocab):
     """The most bytes that tensors hold during a training step, weights and optimizer states with them."""
     module, cfg, model = model_of(row, f"{SIZES[size][row]} {TRAIN[size]}", vocab=vocab)
-    step, x = stepper(model, module.make_optimizers(model, cfg), False), torch.zeros(cfg.batch, cfg.seq, dtype=torch.int64)
+    step, x = (stepper(model, module.make_optimizers(model, cfg), False),
+               torch.zeros(cfg.batch, cfg.seq, dtype=torch.int64))
     step(x, x)  # makes the optimizer's states
     return peak_of(lambda: step(x, x))
 
@@ -164,7 +171,8 @@ def speaking(row, size, vocab, contexts=(1024, 16384), count=32):
             start = time.perf_counter()
             _, state = model.step(token, state)
             times.append(time.perf_counter() - start)
-        size_of = lambda v: v.nbytes if torch.is_tensor(v) else sum(map(size_of, v)) if isinstance(v, (list, tuple)) else 0
+        size_of = lambda v: (v.nbytes if torch.is_tensor(v)
+                             else sum(map(size_of, v)) if isinstance(v, (list, tuple)) else 0)
         found[f"speed_{T}"], found[f"state_{T}"] = 1 / statistics.median(times), sum(size_of(v) for v in state.values())
     return found
 
@@ -182,11 +190,14 @@ def table(size, seconds=0):
             done.setdefault(result["row"], []).append(result)
     if not done:
         bad(f"--size {size}: nothing has run yet; python bench/arena.py run --size {size}")
-    print("| | parameters | val loss | seeds | tokens | training tok/s | s | MB | generation tok/s at 1k, 16k | state at 1k, 16k |\n" + "|---" * 10 + "|")
+    print("| | parameters | val loss | seeds | tokens | training tok/s | s | MB | generation tok/s at 1k, 16k "
+          "| state at 1k, 16k |\n" + "|---" * 10 + "|")
     for row in (r for r in ROWS if r in done):
         d, best = done[row], lambda key: max(r[key] for r in done[row])
-        print(f"| {row} | {d[0]['body']:,} | {spread([r['val'] for r in d])} | {len(d)} | {d[0]['tokens'] / 1e6:.2f}M | {best('tok_s'):,.0f} | {d[0]['tokens'] / best('tok_s'):.0f} | "
-              f"{d[-1]['held'] / 2**20:,.0f} | {best('speed_1024'):,.0f}, {best('speed_16384'):,.0f} | {d[0]['state_1024']:,}, {d[0]['state_16384']:,} |")  # fmt: skip
+        print(f"| {row} | {d[0]['body']:,} | {spread([r['val'] for r in d])} | {len(d)} | {d[0]['tokens'] / 1e6:.2f}M "
+              f"| {best('tok_s'):,.0f} | {d[0]['tokens'] / best('tok_s'):.0f} | {d[-1]['held'] / 2**20:,.0f} "
+              f"| {best('speed_1024'):,.0f}, {best('speed_16384'):,.0f} "
+              f"| {d[0]['state_1024']:,}, {d[0]['state_16384']:,} |")  # fmt: skip
     name = f"arena-{size}{'-time' if seconds else ''}.png"
     picture({row: done[row] for row in ROWS if row in done}, name)
     print(f"\n{name}: the validation losses")
@@ -206,7 +217,8 @@ def picture(done, out):
         for result in results:
             points = [(int(r["tokens"]), float(r["val"])) for r in rows_of(result["path"]) if r["val"]]
             for axes, unit in zip(panels, (1e6, speed)):
-                axes.plot([t / unit for t, _ in points], [v for _, v in points], f"C{i}o-", markersize=3, linewidth=1.2, label=label)
+                axes.plot([t / unit for t, _ in points], [v for _, v in points], f"C{i}o-", markersize=3,
+                          linewidth=1.2, label=label)
             label = None  # one entry of the legend for all seeds
     for axes, x in zip(panels, ("million training tokens", "seconds of training")):
         axes.set_xlabel(x)
@@ -221,7 +233,8 @@ def picture(done, out):
 def learn(row, examples, tests, vocab, steps, seed):
     """Trains a small model on examples(rng, n) and returns its accuracy on each of tests (name -> examples)."""
     longest = max(e(np.random.default_rng(0), 1)[0].shape[1] for e in tests.values())
-    module, cfg, model = model_of(row, TASK[row], vocab=vocab, seq=longest, steps=steps, warmup=steps // 10, lr=2e-3, wd=0.1, optim="adamw", seed=seed)
+    module, cfg, model = model_of(row, TASK[row], vocab=vocab, seq=longest, steps=steps, warmup=steps // 10, lr=2e-3,
+                                  wd=0.1, optim="adamw", seed=seed)
     optimizers = module.make_optimizers(model, cfg)
     for step in range(steps):
         module.set_lr(optimizers, step, cfg)
@@ -242,7 +255,7 @@ def learn(row, examples, tests, vocab, steps, seed):
 
 
 def tasks(which, rows, steps, seed):
-    """Trained on a mixture of sizes, tested on each: a row of accuracies, and beside it the state that a text of the longest leaves."""
+    """Trained on a mixture of sizes, tested on each: a row of accuracies, beside the number of parameters."""
     task = load(f"data/{which}.py")
     if which == "recall":
         sizes, vocab = (2, 4, 8, 16), task.VOCAB

@@ -1,10 +1,10 @@
-"""The files side by side: what each one is, how long, how far from gpt2.py, and what its `cpu` preset reaches in which time.
+"""The files side by side: what each is, how long, how far from gpt2.py, what its `cpu` preset reaches in which time.
 
-    python bench/files.py run                    every file's cpu preset, one after the other: the rows of bench/RESULTS.md
+    python bench/files.py run                    every file's cpu preset in turn: the rows of bench/RESULTS.md
     python bench/files.py run mamba.py retnet.py --data my.txt
     python bench/files.py table --write          the README's table, from the files, this script and bench/RESULTS.md
 
-tests/test_readme.py checks that the README's table is what `table` prints. Nothing else may run on the machine during `run`.
+tests/test_readme.py checks that the README's table is what `table` prints. During `run` the machine must be idle.
 """
 
 import argparse
@@ -20,20 +20,24 @@ ROOT = Path(__file__).parent.parent
 # file -> paper, what is special, which official checkpoints load and are saved
 FILES = {
     "gpt2.py": (
-        "Radford et al. 2019", "attention over all earlier tokens, learned positions; what the others are compared with",
+        "Radford et al. 2019",
+        "attention over all earlier tokens, learned positions; what the others are compared with",
         "OpenAI's GPT-2 (Hugging Face folders and names), llm.c's `.bin` (load)",
     ),
     "mamba.py": (
         "[Gu & Dao 2023](https://arxiv.org/abs/2312.00752), [Dao & Gu 2024](https://arxiv.org/abs/2405.21060)",
-        "a state per channel whose step and vectors depend on the token (`--version 1`); the same as matrix products (`--version 2`)",
+        "a state per channel whose step and vectors depend on the token (`--version 1`); "
+        "the same as matrix products (`--version 2`)",
         "state-spaces/mamba-\\* and mamba2-\\*, in both forms",
     ),
     "rwkv.py": (
-        "[Peng et al. 2025](https://arxiv.org/abs/2503.14456)", "RWKV-7: a matrix state that is decayed, corrected and written per token (delta rule)",
+        "[Peng et al. 2025](https://arxiv.org/abs/2503.14456)",
+        "RWKV-7: a matrix state that is decayed, corrected and written per token (delta rule)",
         "BlinkDL's `.pth`",
     ),
     "retnet.py": (
-        "[Sun et al. 2023](https://arxiv.org/abs/2307.08621)", "attention without the softmax: parallel, recurrent and chunkwise form of one layer",
+        "[Sun et al. 2023](https://arxiv.org/abs/2307.08621)",
+        "attention without the softmax: parallel, recurrent and chunkwise form of one layer",
         "torchscale's state dicts (none trained was released)",
     ),
     "bitnet.py": (
@@ -42,7 +46,8 @@ FILES = {
         "microsoft/bitnet-b1.58-2B-4T, master and packed",
     ),
     "moe.py": (
-        "[Jiang et al. 2024](https://arxiv.org/abs/2401.04088)", "eight feed-forward layers, two of them at work for each token; upcycling and merging",
+        "[Jiang et al. 2024](https://arxiv.org/abs/2401.04088)",
+        "eight feed-forward layers, two of them at work for each token; upcycling and merging",
         "Mixtral (Hugging Face), Grok-1 (load)",
     ),
     "lora_finetune.py": (
@@ -56,12 +61,14 @@ FILES = {
         "DiT-XL-2 and all sizes, PixArt-alpha",
     ),
     "unet.py": (
-        "[Rombach et al. 2022](https://arxiv.org/abs/2112.10752)", "Stable Diffusion in one file: U-Net, autoencoder, text encoder",
+        "[Rombach et al. 2022](https://arxiv.org/abs/2112.10752)",
+        "Stable Diffusion in one file: U-Net, autoencoder, text encoder",
         "Stable Diffusion 1.x (diffusers folders)",
     ),
 }  # fmt: skip
 # the rows that are trained: name in RESULTS.md -> command line
-RUNS = {f: f for f in FILES if f not in ("mamba.py", "lora_finetune.py")} | {"mamba.py": "mamba.py --version 1", "mamba.py --version 2": "mamba.py --version 2"}
+RUNS = ({f: f for f in FILES if f not in ("mamba.py", "lora_finetune.py")}
+        | {"mamba.py": "mamba.py --version 1", "mamba.py --version 2": "mamba.py --version 2"})
 
 
 def lines(file):
@@ -70,7 +77,8 @@ def lines(file):
 
 def own(file):
     """Lines outside the shared sections: the architecture."""
-    text = re.sub(r"^# ----- \w+ \(shared\) -----\n.*?^# ----- end -----\n", "", (ROOT / file).read_text(), flags=re.S | re.M)
+    text = re.sub(r"^# ----- \w+ \(shared\) -----\n.*?^# ----- end -----\n", "", (ROOT / file).read_text(),
+                  flags=re.S | re.M)
     return len(text.splitlines())
 
 
@@ -82,18 +90,22 @@ def changed(file):
 
 def measured():
     """file -> (seconds, val loss), from the table that `run` printed into RESULTS.md."""
-    rows = re.findall(r"^\| `python (\S+)([^`]*)` \| ([\d,]+) s \| ([\d.]+) \|", (ROOT / "bench/RESULTS.md").read_text(), re.M)
-    return {file + ("" if more in ("", " --version 1") else more): (seconds, loss) for file, more, seconds, loss in rows}
+    rows = re.findall(r"^\| `python (\S+)([^`]*)` \| ([\d,]+) s \| ([\d.]+) \|",
+                      (ROOT / "bench/RESULTS.md").read_text(), re.M)
+    return {file + ("" if more in ("", " --version 1") else more): (seconds, loss)
+            for file, more, seconds, loss in rows}
 
 
 def table():
     found = measured()
-    yield "| file | paper | special | official checkpoints, both ways | lines (its own) | changed against gpt2.py | `cpu` preset: s, val loss |"
+    yield ("| file | paper | special | official checkpoints, both ways | lines (its own) | changed against gpt2.py "
+           "| `cpu` preset: s, val loss |")
     yield "|---" * 7 + "|"
     for file, (paper, special, checkpoints) in FILES.items():
         reached = "; ".join(f"{s} s, {loss}" for name, (s, loss) in found.items() if name.split()[0] == file) or "-"
         away = f"{changed(file):,}" if file != "gpt2.py" else ""
-        yield f"| `{file}` | {paper} | {special} | {checkpoints} | {len(lines(file)):,} ({own(file):,}) | {away} | {reached} |"
+        yield (f"| `{file}` | {paper} | {special} | {checkpoints} | {len(lines(file)):,} ({own(file):,}) "
+               f"| {away} | {reached} |")
 
 
 def run(names, data):
@@ -128,7 +140,8 @@ def main(argv=None):
     if not a.write:
         return print(text)
     readme = ROOT / "README.md"
-    readme.write_text(re.sub(r"(<!-- files -->\n).*?(<!-- end -->)", lambda m: m[1] + text + "\n" + m[2], readme.read_text(), flags=re.S))
+    readme.write_text(re.sub(r"(<!-- files -->\n).*?(<!-- end -->)", lambda m: m[1] + text + "\n" + m[2],
+                             readme.read_text(), flags=re.S))
 
 
 if __name__ == "__main__":

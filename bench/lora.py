@@ -1,12 +1,12 @@
 """lora_finetune.py against peft on transformers: time and memory of a step, and what the same steps learn.
 
     python bench/lora.py step                           the shape of SmolLM2-135M, random weights, one row of 256 tokens
-    python bench/lora.py step --answers 128             the same where half of the tokens are a question, not in the loss
-    python bench/lora.py learn BASE DATA --steps 200    the same rows, order, seed and settings; held-out loss every 100 steps
-    python bench/lora.py base BASE TEXT                 logits against transformers, and perplexity of 2,000 characters, in NF4 too
+    python bench/lora.py step --answers 128             the same, half of the tokens being a question, not in the loss
+    python bench/lora.py learn BASE DATA --steps 200    same rows, order, seed, settings; held-out loss every 100 steps
+    python bench/lora.py base BASE TEXT                 logits against transformers; perplexity of 2,000 characters; NF4
 
-Both train A and B of rank 8 on all linear layers with AdamW. `step` takes turns, as bench/speed.py does; MB is the most that
-tensors hold during a step, weights included (peak_of in bench/memory.py). `learn` gives peft the A that ours begins with.
+Both train A and B of rank 8 on all linear layers with AdamW. `step` takes turns, as bench/speed.py does; MB is the most
+that tensors hold during a step, weights included (peak_of in bench/memory.py). `learn` gives peft our first A.
 """
 
 import argparse
@@ -33,7 +33,8 @@ def with_peft(model, cfg):
 
     how = dict(r=cfg.rank, lora_alpha=cfg.alpha, target_modules=cfg.targets.split(","), task_type="CAUSAL_LM")
     model = get_peft_model(model, LoraConfig(**how))
-    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr, betas=(0.9, cfg.beta2), weight_decay=cfg.wd)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.lr,
+                                    betas=(0.9, cfg.beta2), weight_decay=cfg.wd)
 
 
 def step(a):
@@ -49,9 +50,11 @@ def step(a):
     y = x.roll(-1, 1)
     y[:, : a.seq - (a.answers or a.seq)] = -1
     loss = lambda x, y: theirs(input_ids=x, labels=x, shift_labels=y.where(y >= 0, -100)).loss
-    made = {"lora_finetune.py": stepper(model, ours.make_optimizers(model, cfg), a.bf16), "peft": stepper(loss, [optimizer], a.bf16)}
+    made = {"lora_finetune.py": stepper(model, ours.make_optimizers(model, cfg), a.bf16),
+            "peft": stepper(loss, [optimizer], a.bf16)}
     found = rounds({k: (lambda f=f: f(x, y)) for k, f in made.items()}, 2, a.rounds)
-    title = f"LoRA step, SmolLM2-135M's shape, T = {a.seq}, {a.answers or a.seq} of them in the loss, {'bf16 autocast' if a.bf16 else 'fp32'}"
+    title = (f"LoRA step, SmolLM2-135M's shape, T = {a.seq}, {a.answers or a.seq} of them in the loss, "
+             f"{'bf16 autocast' if a.bf16 else 'fp32'}")
     table(title, found, "lora_finetune.py", "ms")
     for k, f in made.items():
         print(f"{k}: {peak_of(lambda f=f: f(x, y)) / 2**20:,.0f} MB", flush=True)
@@ -60,7 +63,8 @@ def step(a):
 def learn(a):
     from transformers import AutoModelForCausalLM
 
-    how = dict(method="lora", data=a.data, seq=a.seq, batch=a.batch, steps=a.steps, lr=a.lr, eval_iters=a.eval_iters, dtype="fp32")
+    how = dict(method="lora", data=a.data, seq=a.seq, batch=a.batch, steps=a.steps, lr=a.lr, eval_iters=a.eval_iters,
+               dtype="fp32")
     model = ours.Model.from_pretrained(a.base, **how)
     cfg, tok = model.cfg, ours.load_tokenizer(Path(a.base), model.cfg.vocab)
     train, val, _ = ours.load_data(cfg, {}, tok)
@@ -90,7 +94,8 @@ def learn(a):
             print(f"step {i} | held-out loss " + " | ".join(f"{k} {v:.4f}" for k, v in held.items()), flush=True)
         if i < a.steps:
             for k, f in steps.items():
-                ours.set_lr(sides[k][1], i, cfg) if k == "ours" else [g.update(lr=cfg.lr * ours.schedule(i, cfg)[0]) for g in optimizer.param_groups]
+                (ours.set_lr(sides[k][1], i, cfg) if k == "ours"
+                 else [g.update(lr=cfg.lr * ours.schedule(i, cfg)[0]) for g in optimizer.param_groups])
                 f(*train.batch(cfg, i, 0, 0, 1))
 
 

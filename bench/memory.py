@@ -175,7 +175,7 @@ class Run:
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
         with self.world():
             self.model = module.Model(cfg)
-            self.goal = self.model.objective() if hasattr(self.model, "objective") else self.model  # a batch -> the loss
+            self.goal = self.model.objective() if hasattr(self.model, "objective") else self.model  # a batch -> loss
             self.example = getattr(module, "example", lambda cfg, n: torch.randint(cfg.vocab, (2, n, cfg.seq)))
             if hasattr(self.model, "prepare"):  # as in train(): a frozen base is held in bf16
                 self.model.prepare(self.cast)
@@ -217,7 +217,8 @@ class Run:
             return sum(-(-n // self.unit()) * self.unit() for n in storages.values())
 
         states = [t for t in tree_leaves([list(o.state.values()) for o in self.optimizers]) if torch.is_tensor(t)]
-        packed = [t for m in self.model.modules() for t in (getattr(m, "nf4", None) or {}).values() if torch.is_tensor(t)]  # of QLoRA
+        packed = [t for m in self.model.modules() for t in (getattr(m, "nf4", None) or {}).values()
+                  if torch.is_tensor(t)]  # of QLoRA
         return size([*self.model.parameters(), *packed]), size(self.params), size(states)
 
 
@@ -303,7 +304,8 @@ def configure(module, flags):
 def table(names, device="cuda"):
     """Every preset of every file, as it is and with --ckpt --optim adamw8bit: the largest batch on each card."""
     saving = ["--ckpt", "--optim", "adamw8bit"]
-    print("| file, preset | parameters | batch: peak | " + " | ".join(f"{c} GB" for c in CARDS) + f" | `{' '.join(saving)}`: " + " | ".join(f"{c} GB" for c in CARDS) + " |")
+    print("| file, preset | parameters | batch: peak | " + " | ".join(f"{c} GB" for c in CARDS)
+          + f" | `{' '.join(saving)}`: " + " | ".join(f"{c} GB" for c in CARDS) + " |")
     print("|---" * (3 + 2 * len(CARDS)) + "|")
     for name in names or sorted(p.name for p in ROOT.glob("*.py")):
         presets = load(ROOT / name).PRESETS

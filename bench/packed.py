@@ -1,9 +1,9 @@
-"""One token through BitNet's packed layer (2 bits a weight) against F.linear of the same shape in fp32 and bf16, in turns.
+"""One token through BitNet's packed layer (2 bits a weight) against F.linear of its shape in fp32 and bf16, in turns.
 
-    python bench/packed.py                  N x K of BitNet b1.58 2B4T's layers and 2048 x 2048; us a token, median (least)
+    python bench/packed.py    N x K of BitNet b1.58 2B4T's layers and 2048 x 2048; us a token, median (least)
 
-Copies of each matrix go round, 64 MB of packed bytes and more of the others: generation finds its weights in memory. `slices` is the form without
-a C compiler.
+Copies of each matrix go round, 64 MB of packed bytes and more of the others: generation finds its weights in memory.
+`slices` is the form without a C compiler.
 """
 
 import argparse
@@ -67,7 +67,9 @@ def main(argv=None):
                 for layer in layers:
                     layer()
                 times[name].append((time.perf_counter() - start) / len(layers) * 1e6)
-        print(f"| {N} x {K} | {' | '.join(f'{statistics.median(t[1:]):,.0f} ({min(t[1:]):,.0f})' for t in times.values())} |", flush=True)
+        print(f"| {N} x {K} | "
+              f"{' | '.join(f'{statistics.median(t[1:]):,.0f} ({min(t[1:]):,.0f})' for t in times.values())} |",
+              flush=True)
 
 
 if __name__ == "__main__":

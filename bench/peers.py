@@ -1,10 +1,10 @@
-"""The peers of each file as bench/speed.py runs them: their own model code at the asked size, AdamW, nothing else changed.
+"""The peers of each file as bench/speed.py runs them: their own model code at the asked size, AdamW, all else as it is.
 
-    PEERS[file] = {name: make}          make(size, folder) -> loss(x, y), optimizer
-    SPEAKERS[file] = {name: make}       make(folder of a checkpoint that our file saved) -> speak(x, n) -> n greedy tokens
+    PEERS[file] = {name: make}       make(size, folder) -> loss(x, y), optimizer
+    SPEAKERS[file] = {name: make}    make(folder of a checkpoint that our file saved) -> speak(x, n) -> n greedy tokens
 
-transformers, mambapy and rwkv are packages (pip); the others are checkouts in the folder that --peers names: nanoGPT, minGPT,
-torchscale, RWKV-LM (its model code, around fla's plain recurrence: its own is for CUDA) with flash-linear-attention.
+transformers, mambapy, rwkv are packages (pip); the others are checkouts in the folder of --peers: nanoGPT, minGPT,
+torchscale, RWKV-LM (its model code around fla's plain recurrence: its own is for CUDA) with flash-linear-attention.
 """
 
 import importlib.util
@@ -43,7 +43,8 @@ def mean_loss(logits, y):
 def nanogpt(size, peers):
     """As nanoGPT's train.py does it on a CPU: no dropout, biases off as in its character recipe."""
     m = load(Path(peers) / "nanoGPT" / "model.py", "nanogpt_model")
-    c = m.GPTConfig(block_size=size["seq"], vocab_size=VOCAB, n_layer=size["layers"], n_head=size["heads"], n_embd=size["dim"], dropout=0.0, bias=False)
+    c = m.GPTConfig(block_size=size["seq"], vocab_size=VOCAB, n_layer=size["layers"], n_head=size["heads"],
+                    n_embd=size["dim"], dropout=0.0, bias=False)
     model = m.GPT(c)
     return lambda x, y: model(x, y)[1], model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
 
@@ -64,8 +65,8 @@ def mingpt(size, peers):
 def transformers_gpt2(size, peers):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    c = GPT2Config(n_layer=size["layers"], n_head=size["heads"], n_embd=size["dim"], n_positions=size["seq"], vocab_size=VOCAB,
-                   embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)  # fmt: skip
+    c = GPT2Config(n_layer=size["layers"], n_head=size["heads"], n_embd=size["dim"], n_positions=size["seq"],
+                   vocab_size=VOCAB, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)  # fmt: skip
     model = GPT2LMHeadModel(c)
     return lambda x, y: mean_loss(model(x).logits, y), adamw(model)
 
@@ -85,22 +86,24 @@ def mambapy(size, peers):
 def transformers_mamba(size, peers):
     from transformers import MambaConfig, MambaForCausalLM
 
-    model = MambaForCausalLM(MambaConfig(hidden_size=size["dim"], num_hidden_layers=size["layers"], vocab_size=VOCAB, use_cache=False))
+    model = MambaForCausalLM(MambaConfig(hidden_size=size["dim"], num_hidden_layers=size["layers"], vocab_size=VOCAB,
+                                         use_cache=False))
     return lambda x, y: mean_loss(model(x).logits, y), adamw(model)
 
 
 def transformers_mamba2(size, peers):
     from transformers import Mamba2Config, Mamba2ForCausalLM
 
-    c = Mamba2Config(hidden_size=size["dim"], num_hidden_layers=size["layers"], vocab_size=VOCAB, head_dim=64, num_heads=2 * size["dim"] // 64,
-                     n_groups=1, state_size=128, use_cache=False, tie_word_embeddings=True)  # fmt: skip
+    c = Mamba2Config(hidden_size=size["dim"], num_hidden_layers=size["layers"], vocab_size=VOCAB, head_dim=64,
+                     num_heads=2 * size["dim"] // 64, n_groups=1, state_size=128, use_cache=False,
+                     tie_word_embeddings=True)  # fmt: skip
     model = Mamba2ForCausalLM(c)
     return lambda x, y: mean_loss(model(x).logits, y), adamw(model)
 
 
 # ---------------------------------------------------------------- rwkv.py
 def rwkv_lm(size, peers):
-    """The classes of RWKV-LM's rwkv_v7_demo.py; their operator is fla's plain recurrence with the arguments' meaning matched."""
+    """The classes of RWKV-LM's rwkv_v7_demo.py; their operator is fla's plain recurrence, its arguments matched."""
     naive = load(Path(peers) / "flash-linear-attention/fla/ops/generalized_delta_rule/dplr/naive.py", "fla_naive")
     text = (Path(peers) / "RWKV-LM/RWKV-v7/rwkv_v7_demo.py").read_text()
     text = text[text.index("class RWKV_Tmix_x070") : text.index("# RWKV Inference")]
@@ -114,8 +117,8 @@ def rwkv_lm(size, peers):
     names = dict(torch=torch, nn=nn, F=F, MyModule=nn.Module, MyFunction=lambda f: f, RWKV7_OP=op,
                  D_DECAY_LORA=64, D_AAA_LORA=64, D_MV_LORA=32, D_GATE_LORA=128)  # fmt: skip
     exec(compile(text, "rwkv_v7_demo.py", "exec"), names)
-    args = types.SimpleNamespace(n_layer=size["layers"], n_embd=size["dim"], dim_att=size["dim"], dim_ffn=4 * size["dim"],
-                                 head_size_a=64, vocab_size=VOCAB)  # fmt: skip
+    args = types.SimpleNamespace(n_layer=size["layers"], n_embd=size["dim"], dim_att=size["dim"],
+                                 dim_ffn=4 * size["dim"], head_size_a=64, vocab_size=VOCAB)  # fmt: skip
     model = names["RWKV"](args)
     for p in model.parameters():  # its parameters come uninitialised: any numbers do
         nn.init.normal_(p, std=0.02)
@@ -133,8 +136,9 @@ def torchscale(size, peers):
     from torchscale.architecture.config import RetNetConfig
     from torchscale.architecture.retnet import RetNetDecoder
 
-    c = RetNetConfig(vocab_size=VOCAB, decoder_embed_dim=size["dim"], decoder_value_embed_dim=size["value_dim"], decoder_ffn_embed_dim=size["ffn_dim"],
-                     decoder_retention_heads=size["heads"], decoder_layers=size["layers"], activation_fn="swish", dropout=0.0)  # fmt: skip
+    c = RetNetConfig(vocab_size=VOCAB, decoder_embed_dim=size["dim"], decoder_value_embed_dim=size["value_dim"],
+                     decoder_ffn_embed_dim=size["ffn_dim"], decoder_retention_heads=size["heads"],
+                     decoder_layers=size["layers"], activation_fn="swish", dropout=0.0)  # fmt: skip
     model = RetNetDecoder(c, embed_tokens=nn.Embedding(VOCAB, size["dim"]))
     return lambda x, y: mean_loss(model(x)[0], y), adamw(model)
 
@@ -144,8 +148,9 @@ def transformers_llama(size, peers):
     """A dense model of full precision: what ternary weights, or experts, are measured against."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    c = LlamaConfig(hidden_size=size["dim"], num_hidden_layers=size["layers"], num_attention_heads=size["heads"], num_key_value_heads=size["kv_heads"],
-                    intermediate_size=size["ffn_dim"], vocab_size=VOCAB, use_cache=False)  # fmt: skip
+    c = LlamaConfig(hidden_size=size["dim"], num_hidden_layers=size["layers"], num_attention_heads=size["heads"],
+                    num_key_value_heads=size["kv_heads"], intermediate_size=size["ffn_dim"], vocab_size=VOCAB,
+                    use_cache=False)  # fmt: skip
     model = LlamaForCausalLM(c)
     return lambda x, y: mean_loss(model(x).logits, y), adamw(model)
 
@@ -154,8 +159,9 @@ def transformers_bitnet(size, peers):
     from transformers import BitNetConfig, BitNetForCausalLM
     from transformers.integrations.bitnet import AutoBitLinear
 
-    c = BitNetConfig(hidden_size=size["dim"], num_hidden_layers=size["layers"], num_attention_heads=size["heads"], num_key_value_heads=size["kv_heads"],
-                     intermediate_size=size["ffn_dim"], vocab_size=VOCAB, use_cache=False, tie_word_embeddings=True)  # fmt: skip
+    c = BitNetConfig(hidden_size=size["dim"], num_hidden_layers=size["layers"], num_attention_heads=size["heads"],
+                     num_key_value_heads=size["kv_heads"], intermediate_size=size["ffn_dim"], vocab_size=VOCAB,
+                     use_cache=False, tie_word_embeddings=True)  # fmt: skip
     model = BitNetForCausalLM(c)
     for module in list(model.model.modules()):  # quantise online, as its quantisation_config asks for
         for name, child in module.named_children():
@@ -177,29 +183,34 @@ def bitnet_twin(size, peers):
 def transformers_mixtral(size, peers):
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    c = MixtralConfig(hidden_size=size["dim"], num_hidden_layers=size["layers"], num_attention_heads=size["heads"], num_key_value_heads=size["kv_heads"],
-                      intermediate_size=size["ffn_dim"], num_local_experts=size["experts"], num_experts_per_tok=size["top_k_experts"],
+    c = MixtralConfig(hidden_size=size["dim"], num_hidden_layers=size["layers"], num_attention_heads=size["heads"],
+                      num_key_value_heads=size["kv_heads"], intermediate_size=size["ffn_dim"],
+                      num_local_experts=size["experts"], num_experts_per_tok=size["top_k_experts"],
                       vocab_size=VOCAB, use_cache=False)  # fmt: skip
     model = MixtralForCausalLM(c)
     return lambda x, y: mean_loss(model(x).logits, y), adamw(model)
 
 
-# ---------------------------------------------------------------- dit.py: a batch is (x_0, labels, uniform numbers, noise)
+# ---------------------------------------------------------------- dit.py: a batch is (x_0, labels, uniforms, noise)
 def meta_dit(size, peers):
     """Its own model and training loss; timm's three modules as tests/official_dit.py has them."""
-    models, diffusion = load(Path(__file__).parent.parent / "tests" / "official_dit.py", "official_dit").official(Path(peers) / "DiT")
-    model = models.DiT(input_size=size["size"], patch_size=size["patch"], in_channels=size["channels"], hidden_size=size["dim"], depth=size["layers"],
-                       num_heads=size["heads"], num_classes=size["classes"], learn_sigma=False)  # fmt: skip
+    models, diffusion = load(Path(__file__).parent.parent / "tests" / "official_dit.py",
+                             "official_dit").official(Path(peers) / "DiT")
+    model = models.DiT(input_size=size["size"], patch_size=size["patch"], in_channels=size["channels"],
+                       hidden_size=size["dim"], depth=size["layers"], num_heads=size["heads"],
+                       num_classes=size["classes"], learn_sigma=False)  # fmt: skip
     process = diffusion.create_diffusion("", learn_sigma=False)
-    loss = lambda x0, y, u, noise: process.training_losses(model, x0, (1000 * u[:, 0]).long(), dict(y=y), noise)["loss"].mean()
+    loss = lambda x0, y, u, noise: process.training_losses(
+        model, x0, (1000 * u[:, 0]).long(), dict(y=y), noise)["loss"].mean()
     return loss, torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
 
 
 def diffusers_dit(size, peers):
     from diffusers import DDPMScheduler, DiTTransformer2DModel
 
-    model = DiTTransformer2DModel(num_attention_heads=size["heads"], attention_head_dim=size["dim"] // size["heads"], in_channels=size["channels"],
-                                  out_channels=size["channels"], num_layers=size["layers"], sample_size=size["size"], patch_size=size["patch"],
+    model = DiTTransformer2DModel(num_attention_heads=size["heads"], attention_head_dim=size["dim"] // size["heads"],
+                                  in_channels=size["channels"], out_channels=size["channels"],
+                                  num_layers=size["layers"], sample_size=size["size"], patch_size=size["patch"],
                                   num_embeds_ada_norm=size["classes"])  # fmt: skip
     process = DDPMScheduler(1000, 1e-4, 0.02)
 
@@ -210,7 +221,8 @@ def diffusers_dit(size, peers):
     return loss, torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
 
 
-# ---------------------------------------------------------------- unet.py: a batch is x0, the caption's features, u, noise (example() there)
+# ---------------------------------------------------------------- unet.py
+# a batch is x0, the caption's features, u, noise (example() there)
 def flow_loss(predict):
     def loss(x0, cond, u, noise):
         s = u[:, :1, None, None]
@@ -234,9 +246,11 @@ def diffusers_unet_condition(size, peers):
     from diffusers import UNet2DConditionModel
 
     down, up = (["CrossAttn" * a + f"{way}Block2D" for a in size["attn"]] for way in ("Down", "Up"))
-    model = UNet2DConditionModel(sample_size=size["size"], in_channels=3, out_channels=3, block_out_channels=size["widths"],
-                                 layers_per_block=size["layers"], norm_num_groups=size["groups"], attention_head_dim=size["heads"],
-                                 cross_attention_dim=size["features"], down_block_types=down, up_block_types=up[::-1])  # fmt: skip
+    model = UNet2DConditionModel(sample_size=size["size"], in_channels=3, out_channels=3,
+                                 block_out_channels=size["widths"], layers_per_block=size["layers"],
+                                 norm_num_groups=size["groups"], attention_head_dim=size["heads"],
+                                 cross_attention_dim=size["features"],
+                                 down_block_types=down, up_block_types=up[::-1])  # fmt: skip
     return flow_loss(lambda x, t, cond: model(x, t, cond).sample), adamw(model)
 
 
@@ -246,7 +260,8 @@ PEERS = {
     "mamba.py --version 2": {"transformers": transformers_mamba2},
     "rwkv.py": {"RWKV-LM with fla's recurrence": rwkv_lm},
     "retnet.py": {"torchscale": torchscale},
-    "bitnet.py": {"transformers BitNet": transformers_bitnet, "transformers Llama": transformers_llama, "bitnet.py --bits 16": bitnet_twin},
+    "bitnet.py": {"transformers BitNet": transformers_bitnet, "transformers Llama": transformers_llama,
+                  "bitnet.py --bits 16": bitnet_twin},
     "moe.py": {"transformers Mixtral": transformers_mixtral},
     "dit.py": {"facebookresearch DiT": meta_dit, "diffusers": diffusers_dit},
     "unet.py": {"diffusers UNet2DModel": diffusers_unet, "diffusers UNet2DConditionModel": diffusers_unet_condition},
@@ -261,7 +276,8 @@ def transformers_speaks(folder):
 
     def speak(x, n):
         with torch.inference_mode():
-            said = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
+            said = model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=n, do_sample=False,
+                                  eos_token_id=None, pad_token_id=0)
             return said[0, x.shape[1] :].tolist()
 
     return speak

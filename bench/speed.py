@@ -1,13 +1,13 @@
-"""Speed of a file against its peers: training steps and generation, in turns in one process, as a ratio with its spread.
+"""Speed of a file against its peers: training steps and generation, in turns in one process, as a ratio, with spread.
 
-    python bench/speed.py gpt2.py --peers ../peers                   what must be in that folder: bench/peers.py
-    python bench/speed.py mamba.py --version 2 --only large          one of: small large generate; the file's own flags are allowed
-    python bench/speed.py rwkv.py --only length                      time per token and memory of a step against T; no peers
+    python bench/speed.py gpt2.py --peers ../peers             what must be in that folder: bench/peers.py
+    python bench/speed.py mamba.py --version 2 --only large    small, large or generate; the file's own flags may follow
+    python bench/speed.py rwkv.py --only length                time per token and memory of a step against T; no peers
 
-Each round runs every contestant for a few steps, in an order that changes; a contestant's time is its median step, the ratio
-is taken within a round, and its median and its range over the rounds are printed. `peak` is the share of the machine's own
-matrix product rate (1024 x 1024, same dtype) that the step's products reach; `MB` the most that tensors hold during a step
-(peak_of in bench/memory.py), optimizer states included. Nothing else may run on the machine meanwhile.
+Each round runs every contestant for a few steps, in an order that changes; a contestant's time is its median step, the
+ratio is taken within a round, and its median and its range over the rounds are printed. `peak` is the share of the
+machine's own matrix product rate (1024 x 1024, same dtype) that the step's products reach; `MB` the most that tensors
+hold during a step (peak_of in bench/memory.py), optimizer states included. Nothing else may run on the machine.
 """
 
 import argparse
@@ -25,9 +25,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from memory import Tracker, peak_of  # noqa: E402
 from peers import PEERS, SPEAKERS, VOCAB, load  # noqa: E402
 
-PICTURES = dict(layers=12, dim=384, heads=6, patch=4, size=32, channels=3, classes=10, cond="class", objective="ddpm", learn_sigma=False, batch=16)
-UNET = dict(widths=[64, 128, 128], attn=[0, 0, 1], layers=2, heads=8, groups=32, size=32, channels=3, captions=8, features=128, batch=16)
-SIZES = dict(small=dict(layers=4, dim=128, heads=4, seq=64, batch=12), large=dict(layers=6, dim=384, heads=6, seq=256, batch=8))
+PICTURES = dict(layers=12, dim=384, heads=6, patch=4, size=32, channels=3, classes=10, cond="class",
+                objective="ddpm", learn_sigma=False, batch=16)
+UNET = dict(widths=[64, 128, 128], attn=[0, 0, 1], layers=2, heads=8, groups=32, size=32, channels=3, captions=8,
+            features=128, batch=16)
+SIZES = dict(small=dict(layers=4, dim=128, heads=4, seq=64, batch=12),
+             large=dict(layers=6, dim=384, heads=6, seq=256, batch=8))
 DTYPES = {False: torch.float32, True: torch.bfloat16}
 
 
@@ -44,7 +47,8 @@ def matmul_peak(dtype):
 def configure(module, size, flags):
     """-> the file's Config at this size; heads are asked for where the file has them."""
     _, given = module.parse(flags)
-    return module.Config(**{k: v for k, v in dict(vocab=VOCAB, optim="adamw", **size).items() if k in module.NAMES} | given)
+    return module.Config(**{k: v for k, v in dict(vocab=VOCAB, optim="adamw", **size).items() if k in module.NAMES}
+                         | given)
 
 
 def stepper(loss, optimizers, bf16):
@@ -64,7 +68,7 @@ def stepper(loss, optimizers, bf16):
 
 
 def rounds(contestants, steps, n):
-    """contestants: name -> function. Each round times `steps` calls of each in turn -> name -> list of medians (seconds)."""
+    """contestants: name -> function. A round times `steps` calls of each in turn -> name -> medians (seconds)."""
     names, found = list(contestants), {k: [] for k in contestants}
     for k in names:
         contestants[k]()
@@ -83,12 +87,14 @@ def rounds(contestants, steps, n):
 def table(title, found, ours, unit, more=None):
     """more: heading -> {name: text}."""
     more = more or {}
-    print(f"\n{title}\n\n| | {unit} (median) | ours is faster by (range over rounds) |" + "".join(f" {k} |" for k in more))
+    print(f"\n{title}\n\n| | {unit} (median) | ours is faster by (range over rounds) |"
+          + "".join(f" {k} |" for k in more))
     print("|---|---|---|" + "---|" * len(more))
     for k, t in found.items():
         ratios = sorted(b / a for a, b in zip(found[ours], t))
         cells = "".join(f" {m.get(k, '')} |" for m in more.values())
-        print(f"| {k} | {statistics.median(t) * 1e3:.1f} | {statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f}) |{cells}", flush=True)
+        print(f"| {k} | {statistics.median(t) * 1e3:.1f} "
+              f"| {statistics.median(ratios):.2f}x ({ratios[0]:.2f} to {ratios[-1]:.2f}) |{cells}", flush=True)
 
 
 def train(name, module, me, flags, peers, n, bf16):
@@ -100,7 +106,8 @@ def train(name, module, me, flags, peers, n, bf16):
     torch.manual_seed(0)
     model = module.Model(cfg)
     goal = model.objective() if pictures else model
-    made[me] = stepper(goal, [o for o in module.make_optimizers(model, cfg) if not hasattr(o, "swap")], bf16)  # no peer averages its weights
+    # no peer averages its weights
+    made[me] = stepper(goal, [o for o in module.make_optimizers(model, cfg) if not hasattr(o, "swap")], bf16)
     for peer, make in PEERS.get(me, {}).items():
         torch.manual_seed(0)
         try:
@@ -114,9 +121,11 @@ def train(name, module, me, flags, peers, n, bf16):
     with Flops() as flops:
         goal(*batch).backward()
     peak = flops.total / matmul_peak(DTYPES[bf16])
-    shape = f"{size['layers']} x {size['dim']}, T = {size['seq']}" if "seq" in size else f"{cfg.size} x {cfg.size} x {cfg.channels}"
+    shape = (f"{size['layers']} x {size['dim']}, T = {size['seq']}" if "seq" in size
+             else f"{cfg.size} x {cfg.size} x {cfg.channels}")
     shape = f"{shape}, B = {size['batch']}, {'bf16 autocast' if bf16 else 'fp32'}"
-    table(f"Training step, {shape}", found, me, "ms", {"MB": held, "matmul peak": {me: f"{peak / statistics.median(found[me]):.0%}"}})
+    table(f"Training step, {shape}", found, me, "ms",
+          {"MB": held, "matmul peak": {me: f"{peak / statistics.median(found[me]):.0%}"}})
 
 
 class Flops(torch.utils._python_dispatch.TorchDispatchMode):
@@ -138,7 +147,7 @@ class Flops(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def generate(module, me, flags, n, count=200):
-    """Greedy, batch 1, with the cache or state, 200 tokens after 20; the same weights, and the same tokens must come out."""
+    """Greedy, batch 1, with cache or state, 200 tokens after 20; same weights, and the same tokens must come out."""
     cfg = configure(module, SIZES["large"], flags)
     cfg.temp, cfg.tokens = 0, count
     torch.manual_seed(0)
@@ -166,11 +175,12 @@ def generate(module, me, flags, n, count=200):
     agree = {k: next((i for i, (a, b) in enumerate(zip(v, said[me])) if a != b), "all") for k, v in said.items()}
     speed = {k: f"{count / statistics.median(t):,.0f}" for k, t in found.items()}
     found = {k: [t / count for t in ts] for k, ts in found.items()}
-    table("Generation, 6 x 384, batch 1, greedy, with the cache or state", found, me, "ms a token", {"tokens/s": speed, "equal tokens": agree})
+    table("Generation, 6 x 384, batch 1, greedy, with the cache or state", found, me, "ms a token",
+          {"tokens/s": speed, "equal tokens": agree})
 
 
 def length(module, me, flags, n):
-    """2,048 tokens a step whatever T (4,096 at T = 4,096), in turns: what grows with T shows in the time per token; memory at batch 1."""
+    """2,048 tokens a step (4,096 at T = 4,096), in turns: what grows with T shows in time per token; MB at batch 1."""
     steps, tokens, activations = {}, {}, {}
     for T in (256, 512, 1024, 2048, 4096):
         cfg = configure(module, SIZES["large"] | dict(seq=T, batch=max(1, 2048 // T)), flags)
@@ -184,10 +194,12 @@ def length(module, me, flags, n):
         steps[T], tokens[T] = (lambda step=step, x=x: step(x, x.roll(-1, 1))), x.numel()
     found = rounds(steps, 1, n)
     per_token = {T: [t / tokens[T] * 1e6 for t in times] for T, times in found.items()}
-    print(f"\nA training step of {me}, 6 x 384, fp32\n\n| T | us a token | of T = 256 (range over rounds) | MB of activations at batch 1, between forward and backward |\n|---|---|---|---|")
+    print(f"\nA training step of {me}, 6 x 384, fp32\n\n| T | us a token | of T = 256 (range over rounds) "
+          "| MB of activations at batch 1, between forward and backward |\n|---|---|---|---|")
     for T, times in per_token.items():
         ratios = sorted(t / first for t, first in zip(times, per_token[256]))
-        print(f"| {T:,} | {statistics.median(times):.0f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {activations[T] / 2**20:,.1f} |")
+        print(f"| {T:,} | {statistics.median(times):.0f} | {statistics.median(ratios):.2f} "
+              f"({ratios[0]:.2f} to {ratios[-1]:.2f}) | {activations[T] / 2**20:,.1f} |")
 
 
 if __name__ == "__main__":
@@ -200,10 +212,11 @@ if __name__ == "__main__":
     a, flags = p.parse_known_args()
     module, me = load(ROOT / a.file, Path(a.file).stem), a.file
     me = next((k for k in PEERS if k == f"{a.file} {' '.join(flags)}"), a.file)
-    if sys.platform == "linux":  # for all contestants, what train() does for ours: freed memory is kept for the next step
+    if sys.platform == "linux":  # for all, what train() does for ours: freed memory is kept for the next step
         ctypes.CDLL(None).mallopt(-1, 1 << 30)
         ctypes.CDLL(None).mallopt(-3, 1 << 30)
-    print(f"{torch.get_num_threads()} threads, matmul peak {matmul_peak(torch.float32) / 1e9:.0f} GFLOP/s in fp32, {matmul_peak(torch.bfloat16) / 1e9:.0f} in bf16")
+    print(f"{torch.get_num_threads()} threads, matmul peak {matmul_peak(torch.float32) / 1e9:.0f} GFLOP/s in fp32, "
+          f"{matmul_peak(torch.bfloat16) / 1e9:.0f} in bf16")
     for name in [a.only] if a.only else ["large"] if hasattr(module, "example") else ["small", "large", "generate"]:
         if name == "generate":
             generate(module, me, flags, a.rounds)

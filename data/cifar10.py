@@ -32,7 +32,7 @@ def main(argv=None):
     for split, files in FILES.items():
         if missing := [f for f in files if f not in raw or raw[f].size % 3073]:
             raise common.DataError(f"{path}: {missing[0]} is missing, or not made of records of 3,073 bytes")
-        rows = np.concatenate([raw[f] for f in files]).reshape(-1, 3073)  # the label, then a plane of 32 x 32 for red, green and blue
+        rows = np.concatenate([raw[f] for f in files]).reshape(-1, 3073)  # label; 32 x 32 of red, of green, of blue
         labels = rows[:, 0].astype(np.int64)
         if labels.max() > 9:
             raise common.DataError(f"{path}: a label {labels.max()}, and there are ten")

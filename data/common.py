@@ -396,7 +396,7 @@ def write_meta(out, name, tok, vocab_size, counts, files, dtype, **meta):
 
 
 def write_pictures(out, name, splits, names, flip, **meta):
-    """<split>.npz with images uint8 (N, h, w, c), labels (N,) and captions (N,), then meta.json. flip: a mirrored picture is as good."""
+    """<split>.npz: images uint8 (N, h, w, c), labels (N,), captions (N,); then meta.json. flip: mirrored is as good."""
     (out / "meta.json").unlink(missing_ok=True)
     for split, arrays in splits.items():
         with atomic(out / f"{split}.npz") as f:

@@ -1,5 +1,5 @@
 """
-Fashion-MNIST: 70,000 pictures of clothes from a shop, 28 x 28 in grey (Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747; MIT licence).
+Fashion-MNIST: 70,000 pictures of clothes, 28 x 28 in grey (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747; MIT licence).
 
     python data/fashion_mnist.py                60,000 + 10,000 pictures
     python data/fashion_mnist.py --url FOLDER   the four .gz files from a mirror, or from a local folder

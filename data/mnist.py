@@ -16,8 +16,10 @@ NAME, PICTURES = "mnist", True
 URL = "https://ossci-datasets.s3.amazonaws.com/mnist"
 NAMES = "zero one two three four five six seven eight nine".split()
 FILES = {  # md5
-    "train": ("train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873", "train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432"),
-    "val": ("t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3", "t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c"),
+    "train": ("train-images-idx3-ubyte.gz", "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+              "train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432"),
+    "val": ("t10k-images-idx3-ubyte.gz", "9fb629c4189551a2d022fa330f9573f3",
+            "t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c"),
 }  # fmt: skip
 
 
@@ -40,11 +42,13 @@ def build(argv, doc, name, url, files, names, caption, flip):
     out, cache = common.folders(name, args)
     splits = {}
     for split, (images, images_md5, labels, labels_md5) in files.items():
-        found = [read_idx(common.locate(args, url, cache, None, f"md5:{md5}", file)) for file, md5 in ((images, images_md5), (labels, labels_md5))]
+        found = [read_idx(common.locate(args, url, cache, None, f"md5:{md5}", file))
+                 for file, md5 in ((images, images_md5), (labels, labels_md5))]
         x, y = found
         if len(x) != len(y):
             raise common.DataError(f"{name}: {len(x)} pictures and {len(y)} labels in {split}")
-        splits[split] = dict(images=x[..., None], labels=y.astype(np.int64), captions=np.array([caption(names[i]) for i in y]))
+        splits[split] = dict(images=x[..., None], labels=y.astype(np.int64),
+                             captions=np.array([caption(names[i]) for i in y]))
     common.write_pictures(out, name, splits, names=names, flip=flip, source=args.url or url)
 
 

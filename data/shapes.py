@@ -1,6 +1,6 @@
 """
-Shapes: drawn here, so that nothing is downloaded. One shape a picture: six colours, five forms, small or large, on dark or
-light grey, with a label ("red circle") and a caption ("a small red circle"; a quarter of them without the size).
+Shapes: drawn here, so that nothing is downloaded. One shape a picture: six colours, five forms, small or large, on dark
+or light grey, with a label ("red circle") and a caption ("a small red circle"; a quarter of them without the size).
 
     python data/shapes.py                       20,000 + 1,000 pictures of 32 x 32
     python data/shapes.py --size 64             of 64 x 64, into data/shapes/64

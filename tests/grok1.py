@@ -4,9 +4,10 @@ What xAI's own Grok-1 computes at a tiny size, recorded in grok1.json for test_m
     git clone https://github.com/xai-org/grok-1 && pip install jax==0.10.2 dm-haiku==0.0.17
     python tests/grok1.py grok-1/model.py
 
-The weights are weights() below, in fp32. model.py runs as it is on one device but for what is replaced in its text: options and modules
-of jax that are gone, with the sharding constraints, shard_map and the sum over devices (there is one), and two casts of the experts'
-output to bf16. Its experts must come as QuantizedWeight8bit; here that holds floats, and scales of 1.
+The weights are weights() below, in fp32. model.py runs as it is on one device but for what is replaced in its text:
+options and modules of jax that are gone, with the sharding constraints, shard_map and the sum over devices (there is
+one), and two casts of the experts' output to bf16. Its experts must come as QuantizedWeight8bit; here that holds
+floats, and scales of 1.
 """
 import json
 import sys
@@ -24,7 +25,8 @@ def weights():
     for i in range(2):
         h = f"model.layers.{i}."
         shapes |= {h + f"{n}_norm.scale": (C,) for n in ("pre_attn", "post_attn", "pre_moe", "post_moe")}
-        shapes |= {h + "attn.q_proj.weight": (4 * D, C), h + "attn.k_proj.weight": (2 * D, C), h + "attn.v_proj.weight": (2 * D, C)}
+        shapes |= {h + "attn.q_proj.weight": (4 * D, C), h + "attn.k_proj.weight": (2 * D, C),
+                   h + "attn.v_proj.weight": (2 * D, C)}
         shapes |= {h + "attn.o_proj.weight": (C, 4 * D), h + "moe_block.gate.weight": (8, C)}
         for e in range(8):
             p = h + f"moe_block.experts.{e}."
@@ -57,10 +59,12 @@ def main(path):
     sys.modules["grok_model"] = module
     exec(compile(source, path, "exec"), module.__dict__)
     how = module.TransformerConfig(
-        emb_size=32, widening_factor=2, key_size=8, num_q_heads=4, num_kv_heads=2, num_layers=2, attn_output_multiplier=8**-0.5,
-        shard_activations=False, num_experts=8, num_selected_experts=2, data_axis="data", model_axis="model")  # fmt: skip
-    cfg = module.LanguageModelConfig(how, vocab_size=29, pad_token=0, eos_token=2, sequence_len=12, embedding_multiplier_scale=32**0.5,
-                                     output_multiplier_scale=0.5773502691896257, fprop_dtype=jnp.float32)  # fmt: skip
+        emb_size=32, widening_factor=2, key_size=8, num_q_heads=4, num_kv_heads=2, num_layers=2,
+        attn_output_multiplier=8**-0.5, shard_activations=False, num_experts=8, num_selected_experts=2,
+        data_axis="data", model_axis="model")  # fmt: skip
+    cfg = module.LanguageModelConfig(
+        how, vocab_size=29, pad_token=0, eos_token=2, sequence_len=12, embedding_multiplier_scale=32**0.5,
+        output_multiplier_scale=0.5773502691896257, fprop_dtype=jnp.float32)  # fmt: skip
     net = hk.transform(lambda x: cfg.make()(x).logits)
     x, w = jnp.asarray(tokens()), weights()
     params = net.init(jax.random.PRNGKey(0), x)
@@ -91,10 +95,12 @@ def main(path):
                 new = take(h + f"attn.{names[last]}.weight")
             assert new.shape == old.shape, (module_name, leaf, new.shape, old.shape)
             new = jnp.asarray(new)
-            filled.setdefault(module_name, {})[leaf] = module.QuantizedWeight8bit(new, jnp.ones((8, 1, 1))) if "moe" in parts else new
+            filled.setdefault(module_name, {})[leaf] = (
+                module.QuantizedWeight8bit(new, jnp.ones((8, 1, 1))) if "moe" in parts else new)
     assert used == w.keys(), w.keys() - used
     logits = np.asarray(net.apply(filled, None, x))
-    FILE.write_text(json.dumps(dict(made_by=__doc__.split("\n\n")[1], jax=jax.__version__, logits=np.round(logits, 5).tolist())))
+    FILE.write_text(json.dumps(
+        dict(made_by=__doc__.split("\n\n")[1], jax=jax.__version__, logits=np.round(logits, 5).tolist())))
     print(f"{FILE}: logits {logits.shape}, from {logits.min():.2f} to {logits.max():.2f}")
 
 

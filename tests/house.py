@@ -31,7 +31,7 @@ def error(a, b):
 
 
 def overfit(file, n=10, B=4, T=32, **flags):
-    """file: a model's module. Losses of n steps on one batch of 65 kinds of tokens, the weights being those of seed 0."""
+    """file: a model's module. Losses of n steps on one batch of 65 kinds of tokens, from the weights of seed 0."""
     torch.manual_seed(0)
     cfg = file.Config(**dict(layers=2, dim=16, seq=T, vocab=65, lr=1e-2, warmup=2, steps=3 * n) | flags)
     model = file.Model(cfg)
@@ -50,9 +50,12 @@ def overfit(file, n=10, B=4, T=32, **flags):
 
 
 def start(args, file="gpt2.py", cwd=ROOT, env=None, torchrun=0, **how):
-    head = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={torchrun}"] if torchrun else [sys.executable]
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "KERNELS")} | {"OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.Popen([*head, file, *args], cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
+    head = ([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={torchrun}"] if torchrun
+            else [sys.executable])
+    env = ({k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "KERNELS")}
+           | {"OMP_NUM_THREADS": "1"} | (env or {}))
+    return subprocess.Popen([*head, file, *args], cwd=cwd, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **how)
 
 
 def finish(process):

@@ -573,8 +573,8 @@ def child(module, function, args, targets, path):
 
 
 def compiled(module, function, targets=TARGETS, args=()):
-    """Launch.compile's rows for all that tests/<module>.py's function(*args) launches on sm_89; for other targets one launch
-    of each kernel, in bf16 if it has one, or all of them with EVERY_TARGET=1 in the environment (several times as long)."""
+    """Launch.compile's rows for what tests/<module>.py's function(*args) launches on sm_89; for other targets one
+    launch of each kernel, in bf16 if it has one, or all with EVERY_TARGET=1 (several times slower)."""
     here = os.path.dirname(os.path.abspath(__file__))
     env = dict(os.environ, KERNELS="triton", OMP_NUM_THREADS="1", TRITON_DEFAULT_FP_FUSION="1",
                PYTHONPATH=os.pathsep.join([os.path.dirname(here), here, os.environ.get("PYTHONPATH", "")]))

@@ -1,9 +1,9 @@
-"""Records what facebookresearch/DiT (commit ed81ce2) computes into tests/official_dit.json, which test_dit.py compares with.
+"""Records what facebookresearch/DiT (commit ed81ce2) computes, as tests/official_dit.json, for test_dit.py.
 
     git clone https://github.com/facebookresearch/DiT ../DiT && python tests/official_dit.py ../DiT
 
-Its models.py takes three modules from timm, which wants torchvision: they are written out here, after what they are there, with the
-same parameter names. Weights: filled(), by sorted name. Everything is fp32 on the CPU.
+Its models.py takes three modules from timm, which wants torchvision: they are written out here, after what they are
+there, with the same parameter names. Weights: filled(), by sorted name. Everything is fp32 on the CPU.
 """
 
 import json
@@ -19,7 +19,7 @@ SIZES = dict(input_size=4, patch_size=2, hidden_size=24, depth=2, num_heads=4, n
 
 
 def filled(model, std=0.2):
-    """Every parameter N(0, std^2), in the order of their names; adaLN and the last layer start at zero and would hide everything."""
+    """Every parameter N(0, std^2), by sorted name; adaLN and the last layer start at zero and would hide everything."""
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
@@ -59,7 +59,8 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, in_features, hidden_features, act_layer, drop):
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(in_features, hidden_features), act_layer(), nn.Linear(hidden_features, in_features)
+        self.fc1, self.act, self.fc2 = (
+            nn.Linear(in_features, hidden_features), act_layer(), nn.Linear(hidden_features, in_features))
 
     def forward(self, x):
         return self.fc2(self.act(self.fc1(x)))
@@ -95,7 +96,8 @@ def main(folder):
     found["gradients"] = {n: float(f"{p.grad.norm():.8g}") for n, p in model.named_parameters() if p.grad is not None}
     two = torch.cat([noise[:2]] * 2)
     how = dict(clip_denoised=False, model_kwargs=dict(y=torch.tensor([3, 0, 5, 5]), cfg_scale=2.5), device="cpu")
-    for name, steps, loop in (("ddpm", "7", "p_sample_loop"), ("ddim", "7", "ddim_sample_loop"), ("ddim_5", "ddim5", "ddim_sample_loop")):
+    for name, steps, loop in (("ddpm", "7", "p_sample_loop"), ("ddim", "7", "ddim_sample_loop"),
+                              ("ddim_5", "ddim5", "ddim_sample_loop")):
         torch.manual_seed(2)
         process = diffusion.create_diffusion(steps)
         x = getattr(process, loop)(model.forward_with_cfg, two.shape, two, **how)

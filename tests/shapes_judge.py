@@ -1,6 +1,6 @@
-"""What a picture of the set `shapes` shows, by rules; and how often a trained model's samples show what they were asked for.
+"""What a picture of the set `shapes` shows, by rules; and how often a model's samples show what they were asked for.
 
-    python tests/shapes_judge.py dit.py out/dit                 64 samples at guidance 3: how many show the asked colour and form
+    python tests/shapes_judge.py dit.py out/dit                 64 samples at guidance 3: how many show colour and form
     python tests/shapes_judge.py unet.py out/unet --number 128
 
 test_shapes.py holds the rules against real pictures and against wrong ones.
@@ -21,8 +21,8 @@ from shapes import COLOURS, FORMS, outside  # noqa: E402
 def judge(picture):
     """(h, w, 3) uint8 -> (colour, form, "small" or "large"), or None where no form fits.
 
-    Colour: the nearest to the mean of the most saturated pixels, the background being grey. Form: of all forms drawn where the
-    saturated pixels lie, the one that covers them best (intersection over union, at least 0.65).
+    Colour: the nearest to the mean of the most saturated pixels, the background being grey. Form: of all forms drawn
+    where the saturated pixels lie, the one that covers them best (intersection over union, at least 0.65).
     """
     p = picture.astype(np.float64)
     saturation = p.max(2) - p.min(2)  # 0 on grey
@@ -44,7 +44,8 @@ def judge(picture):
             for dx in (-0.5, 0, 0.5):
                 for dy in (-0.5, 0, 0.5):
                     y0 = (bottom - 0.5 * r if form == "triangle" else (top + bottom) / 2) + dy
-                    drawn = np.clip(0.5 - outside(form, at[None, :] - (left + right) / 2 - dx, at[:, None] - y0, r), 0, 1)
+                    drawn = np.clip(
+                        0.5 - outside(form, at[None, :] - (left + right) / 2 - dx, at[:, None] - y0, r), 0, 1)
                     fit = np.minimum(drawn, cover).sum() / np.maximum(drawn, cover).sum()
                     best = max(best, (fit, form, r), key=lambda b: b[0])
     fit, form, r = best
@@ -52,18 +53,20 @@ def judge(picture):
 
 
 def judge_samples(module, folder, number, guidance, seed=0, steps=50):
-    """-> the captions asked for (every colour and form in turn), what judge() says, and the pictures (n, h, w, 3) uint8."""
+    """-> the captions asked for (every colour and form in turn), what judge() says, the pictures (n, h, w, 3) uint8."""
     import torch
 
     model = module.Model.from_pretrained(folder)
     tok = module.load_tokenizer(Path(folder), 0)
     kinds = [(c, f) for c in COLOURS for f in FORMS]
     asked = [kinds[7 * i % len(kinds)] for i in range(number)]
-    texts = [f"{c} {f}" if tok.kind == "class" else f"a {('small', 'large')[i // len(kinds) % 2]} {c} {f}" for i, (c, f) in enumerate(asked)]
+    texts = [f"{c} {f}" if tok.kind == "class" else f"a {('small', 'large')[i // len(kinds) % 2]} {c} {f}"
+             for i, (c, f) in enumerate(asked)]
     cond = torch.from_numpy(tok.encode(texts, model.cfg.captions))
     g = torch.Generator().manual_seed(seed)
     cfg, model = model.cfg, model.eval()
-    x = torch.cat([module.decode(cfg, model, model.sample(c, steps, guidance, g, clip=cfg.channels in (1, 3))) for c in cond.split(32)])
+    x = torch.cat([module.decode(cfg, model, model.sample(c, steps, guidance, g, clip=cfg.channels in (1, 3)))
+                   for c in cond.split(32)])
     pictures = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return asked, [judge(p) for p in pictures], pictures
 
@@ -77,11 +80,13 @@ if __name__ == "__main__":
     p.add_argument("--steps", type=int, default=50)
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
-    asked, found, pictures = judge_samples(importlib.import_module(Path(a.file).stem), a.folder, a.number, a.guidance, a.seed, a.steps)
+    asked, found, pictures = judge_samples(
+        importlib.import_module(Path(a.file).stem), a.folder, a.number, a.guidance, a.seed, a.steps)
     right = [f is not None and f[:2] == w for w, f in zip(asked, found)]
     for w, f, ok in zip(asked, found, right):
         if not ok:
             print(f"asked {' '.join(w)}, seen {' '.join(f) if f else 'no form'}")
     colour = sum(f is not None and f[0] == w[0] for w, f in zip(asked, found))
     form = sum(f is not None and f[1] == w[1] for w, f in zip(asked, found))
-    print(f"{sum(right)} of {len(right)} show the asked colour and form ({sum(right) / len(right):.0%}); the colour {colour}, the form {form}")
+    print(f"{sum(right)} of {len(right)} show the asked colour and form ({sum(right) / len(right):.0%}); "
+          f"the colour {colour}, the form {form}")

@@ -1,4 +1,4 @@
-"""The sections that files share, marked `# ----- name (shared) -----` ... `# ----- end -----`, are the same text everywhere.
+"""The sections that files share, `# ----- name (shared) -----` ... `# ----- end -----`, are the same text everywhere.
 
     python tests/shared_sections.py            names the first line that differs, exit code 1
     python tests/shared_sections.py --write    copies each owner's text into the other files
@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SECTION = re.compile(r"^# ----- (\w+) \(shared\) -----\n.*?^# ----- end -----\n", re.S | re.M)
 # one owner per section: gpt2.py for text and for training, dit.py for images, a file of kernels/ for kernels
-OWNER = {name: "gpt2.py" for name in ("cli", "data", "load", "schedule", "optimizer", "checkpoint", "train", "sample", "main")}
+OWNER = {name: "gpt2.py"
+         for name in ("cli", "data", "load", "schedule", "optimizer", "checkpoint", "train", "sample", "main")}
 OWNER |= {name: "dit.py" for name in ("diffusion", "shapes", "images")}
 OWNER |= {"dispatch": "kernels/norm.py", "product": "kernels/matmul.py", "c": "kernels/bitlinear.py"}
 
@@ -34,7 +35,8 @@ def differences(root=ROOT, write=False):
                 found.append(f"{path.relative_to(root)}: no owner has a section {name}; see OWNER")
             elif here != own[name]:
                 theirs, ours = own[name].splitlines(), here.splitlines()
-                line = next(d for d in difflib.unified_diff(theirs, ours, lineterm="", n=0) if d[0] in "+-" and d[:3] not in ("---", "+++"))
+                line = next(d for d in difflib.unified_diff(theirs, ours, lineterm="", n=0)
+                            if d[0] in "+-" and d[:3] not in ("---", "+++"))
                 found.append(f"{path.relative_to(root)}: section {name} differs from {OWNER[name]}: {line}")
                 text = text.replace(here, own[name])
         if write and text != path.read_text():

@@ -114,7 +114,8 @@ def test_registration(monkeypatch):
     monkeypatch.setattr(A, "KERNELS", "triton")
     x, b = inputs("xb", (70, 24), torch.float32)
     up = x.detach().clone().requires_grad_()
-    for op, args in ((A.gelu_op, (x,)), (A.bias_gelu_op, (x, b)), (A.glu_op, (x, up, False)), (A.glu_op, (x, up, True))):
+    for op, args in ((A.gelu_op, (x,)), (A.bias_gelu_op, (x, b)),
+                     (A.glu_op, (x, up, False)), (A.glu_op, (x, up, True))):
         torch.library.opcheck(op, args)
     step = lambda x, b: A.swiglu(A.gelu(x), A.bias_gelu(x, b))
     want = torch.autograd.grad(step(x, b).sum(), (x, b))

@@ -87,7 +87,8 @@ def traffic_case(causal):
 
 def bench_cases():
     """Against FlashAttention-2's own traffic at these block sizes, not each input once."""
-    return [(f"attention (1, 2, 256, 64), {'causal' if causal else 'full'}, floor of FlashAttention-2", *traffic_case(causal)) for causal in (True, False)]
+    return [(f"attention (1, 2, 256, 64), {'causal' if causal else 'full'}, floor of FlashAttention-2",
+             *traffic_case(causal)) for causal in (True, False)]
 
 
 @pytest.mark.parametrize("causal", (True, False))
@@ -95,7 +96,8 @@ def test_traffic(causal):
     forward, backward, floor, floor_bwd = traffic_case(causal)
     out = []
     with K.triton_form():
-        ratios = K.check_traffic(lambda: out.append(forward()), floor, 1.1), K.check_traffic(lambda: backward(out[0]), floor_bwd, 1.1)
+        ratios = (K.check_traffic(lambda: out.append(forward()), floor, 1.1),
+                  K.check_traffic(lambda: backward(out[0]), floor_bwd, 1.1))
     print("causal" if causal else "full", "forward %.3f, backward %.3f x the formula" % ratios)
 
 
@@ -113,7 +115,7 @@ def test_causal_skips_half():
 
 
 def launches():
-    """Packed views; causal, cross, grouped with a soft cap; a head size that fills its block and one that does not; decoding."""
+    """Packed views; causal, cross, grouped with a soft cap; a head size that fills its block and one not; decoding."""
     for dtype, D, options in (
         (torch.bfloat16, 64, ((True, 0.0, 1), (False, 0.0, 1))),
         (torch.bfloat16, 80, ((True, 30.0, 2),)),
@@ -182,8 +184,8 @@ def test_torch_form(name):
 
 @pytest.mark.parametrize("causal,T,S", [(True, 300, 300), (False, 70, 90), (True, 64, 64)])
 def test_bf16_on_a_cpu(causal, T, S):
-    """Its own backward, in blocks of queries and of sequences: within bf16's rounding of the definition in fp64; other products stay as
-    exact as they were."""
+    """Its own backward, in blocks of queries and of sequences: within bf16's rounding of the definition in fp64; other
+    products stay as exact as they were."""
     g = torch.Generator().manual_seed(T)
     inputs = [torch.randn(6, n, t, 32, generator=g).bfloat16().requires_grad_() for n, t in ((6, T), (2, S), (2, S))]
     do, before = torch.randn(6, 6, T, 32, generator=g).bfloat16(), torch.backends.mkldnn.matmul.fp32_precision
@@ -191,7 +193,8 @@ def test_bf16_on_a_cpu(causal, T, S):
     assert got.grad_fn.name() == "AttentionBF16Backward"
     exact = [t.detach().double().requires_grad_() for t in inputs]
     want = A.attention_ref(*exact, causal)
-    for a, b in zip((got, *torch.autograd.grad(got, inputs, do)), (want, *torch.autograd.grad(want, exact, do.double()))):
+    for a, b in zip((got, *torch.autograd.grad(got, inputs, do)),
+                    (want, *torch.autograd.grad(want, exact, do.double()))):
         assert (a - b).norm() < 6e-3 * b.norm()
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 

@@ -52,17 +52,19 @@ def test_plan_is_what_a_real_step_allocates(gpt2, more):
     assert planned == pytest.approx(allocated, rel=0.05)
 
 
-OTHERS = ["mamba.py --version 1", "mamba.py --version 2", "rwkv.py", "retnet.py", "bitnet.py", "moe.py", "lora_finetune.py", "dit.py", "unet.py"]
+OTHERS = ["mamba.py --version 1", "mamba.py --version 2", "rwkv.py", "retnet.py", "bitnet.py", "moe.py",
+          "lora_finetune.py", "dit.py", "unet.py"]
 
 
 @pytest.mark.parametrize("command", OTHERS)
 def test_the_plan_of_each_file(command, monkeypatch):
-    """The preset cpu of the other eight, at a small batch: the plan, computed without computing, against what the allocator held."""
+    """The other eight's preset cpu, a small batch: the plan, without computing, against what the allocator held."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setitem(sys.modules, "model_file", None)  # gpt2.py's comes back after this test
     file, *flags = command.split()
     module = memory.load(ROOT / file)
-    cfg, device = memory.configure(module, ["--preset", "cpu", "--batch", "4", "--dtype", "fp32", "--device", "cpu", *flags])
+    cfg, device = memory.configure(
+        module, ["--preset", "cpu", "--batch", "4", "--dtype", "fp32", "--device", "cpu", *flags])
     planned = memory.Run(module, cfg, device).peak(cfg.batch)
     tracked, allocated = memory.measure(module, cfg)
     assert planned == pytest.approx(tracked, rel=0.05)

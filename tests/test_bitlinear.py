@@ -7,7 +7,7 @@ from kernels import bitlinear as L
 
 
 def inputs(M, k, N, dtype=torch.float64):
-    """x, g, and weights of N rows. g holds a zero; no activation is so near to a tie that fp32 and fp64 could round it apart."""
+    """x, g, and weights of N rows. g holds a zero; no activation is so near a tie that fp32 and fp64 round it apart."""
     for seed in range(100):
         torch.manual_seed(seed)
         x, g, ws = torch.randn(*M, k), torch.randn(k), [torch.randn(n, k).to(dtype) * 0.1 for n in N]
@@ -42,14 +42,17 @@ def test_numerics():
     """Ragged rows and columns, one token, several layers behind one norm; every gradient."""
     sizes = [((1,), 33, [5, 1]), ((2, 9), 64, [40, 8]), ((70,), 97, [3, 66])]
     K.check_numerics(trained(L.bit_linear), trained(L.bit_linear_ref), training_cases(*sizes), dtypes=(torch.float32,))
-    K.check_numerics(trained(L.bit_linear), trained(L.bit_linear_ref), training_cases(((2, 9), 64, [24, 8])), dtypes=(torch.bfloat16,))
+    K.check_numerics(trained(L.bit_linear), trained(L.bit_linear_ref), training_cases(((2, 9), 64, [24, 8])),
+                     dtypes=(torch.bfloat16,))
 
 
 def test_numerics_packed():
     """Both tilings: few tokens, and many."""
     cases = [packed_case((1,), 33, 20), packed_case((3, 5), 300, 68), packed_case((70,), 96, 132)]
-    K.check_numerics(inferred(L.packed_linear), inferred(L.packed_linear_ref), cases, grads=False, dtypes=(torch.float32,))
-    K.check_numerics(inferred(L.packed_linear), inferred(L.packed_linear_ref), cases[:1], grads=False, dtypes=(torch.bfloat16,))
+    K.check_numerics(inferred(L.packed_linear), inferred(L.packed_linear_ref), cases,
+                     grads=False, dtypes=(torch.float32,))
+    K.check_numerics(inferred(L.packed_linear), inferred(L.packed_linear_ref), cases[:1],
+                     grads=False, dtypes=(torch.bfloat16,))
 
 
 def test_the_integers_are_equal():
@@ -84,7 +87,8 @@ def test_round_half_to_even_and_clamps():
 def test_pack():
     """As on the hub: row r of the bytes holds rows r, r + N/4, ..., two bits each, from the lowest up."""
     wq = torch.tensor([[-1, 0], [1, 1], [0, -1], [1, 0], [0, 1], [1, -1], [-1, -1], [0, 0]], dtype=torch.int8)
-    want = [[0 | 1 << 2 | 1 << 4 | 0 << 6, 1 | 0 << 2 | 2 << 4 | 0 << 6], [2 | 2 << 2 | 2 << 4 | 1 << 6, 2 | 1 << 2 | 0 << 4 | 1 << 6]]
+    want = [[0 | 1 << 2 | 1 << 4 | 0 << 6, 1 | 0 << 2 | 2 << 4 | 0 << 6],
+            [2 | 2 << 2 | 2 << 4 | 1 << 6, 2 | 1 << 2 | 0 << 4 | 1 << 6]]
     assert L.pack(wq).tolist() == want and torch.equal(L.unpack(L.pack(wq)), wq)
     with pytest.raises(ValueError, match="6 rows"):
         L.pack(wq[:6])
@@ -106,13 +110,14 @@ def test_cpu_is_exact(compiler, monkeypatch):
 
 @pytest.mark.parametrize("slow", [True, False])
 def test_torch_form(slow, monkeypatch):
-    """The CPU's form equals the definition, gradients too; torch.compile takes it whole; autocast gives bf16, gradients in fp32."""
+    """The CPU's form is the definition, gradients too; torch.compile takes it whole; autocast: bf16, fp32 gradients."""
     monkeypatch.setattr(L, "MKL_IS_SLOW", slow)  # oneDNN's products, or MKL's
     x, g, ws = inputs((2, 5), 40, [12, 20])
     for dtype, tol in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         args = [t.to(dtype).requires_grad_() for t in (x, g, *ws)]
         results = []
-        whole = torch.compile(trained(L.bit_linear), fullgraph=True, backend="aot_eager") if dtype == torch.float32 else trained(L.bit_linear)
+        whole = (torch.compile(trained(L.bit_linear), fullgraph=True, backend="aot_eager") if dtype == torch.float32
+                 else trained(L.bit_linear))
         for f in (trained(L.bit_linear), whole, trained(L.bit_linear_ref)):
             out = f(*args)
             results.append([*out, *torch.autograd.grad(out, args, [torch.ones_like(o) for o in out])])
@@ -161,17 +166,21 @@ def traffic_cases(M, k, N):
     }
 
 
-@pytest.mark.parametrize("name, limit", [("rms_norm_quant", 1.1), ("quantize_weight", 1.7), ("packed_linear", 1.2), ("int8_linear", 1.05)])
+@pytest.mark.parametrize("name, limit", [
+    ("rms_norm_quant", 1.1), ("quantize_weight", 1.7), ("packed_linear", 1.2), ("int8_linear", 1.05)])
 def test_traffic(name, limit):
-    """One token from packed weights: x again for each program; W twice (its mean comes first); products: operands once in a perfect cache."""
+    """packed_linear: x again for each program; quantize_weight: W twice, its mean first; int8_linear: perfect cache."""
     with K.count():
-        cases = traffic_cases(*dict(packed_linear=(1, 512, 512), int8_linear=(128, 256, 256), rms_norm_quant=(1024, 64, 4)).get(name, (4, 256, 64)))
+        cases = traffic_cases(*dict(packed_linear=(1, 512, 512), int8_linear=(128, 256, 256),
+                                    rms_norm_quant=(1024, 64, 4)).get(name, (4, 256, 64)))
     print(name, K.check_traffic(*cases[name], limit, once=name == "int8_linear"))
 
 
 def bench_cases():
-    sizes = {"rms_norm_quant": (1024, 768, 64), "quantize_weight": (16, 1024, 1024), "int8_linear": (256, 512, 512), "packed_linear": (1, 1024, 1024)}
-    return [(f"{name} {size}", *traffic_cases(*size)[name][:1], None, traffic_cases(*size)[name][1], None) for name, size in sizes.items()]
+    sizes = {"rms_norm_quant": (1024, 768, 64), "quantize_weight": (16, 1024, 1024), "int8_linear": (256, 512, 512),
+             "packed_linear": (1, 1024, 1024)}
+    return [(f"{name} {size}", *traffic_cases(*size)[name][:1], None, traffic_cases(*size)[name][1], None)
+            for name, size in sizes.items()]
 
 
 def launches():
@@ -189,7 +198,7 @@ def test_compiles():
 
 
 def test_registration(monkeypatch):
-    """opcheck; one graph under torch.compile; meta and fake tensors of a GPU; activation checkpointing; what does not fit is refused."""
+    """opcheck; one graph under torch.compile; meta, fake CUDA tensors; checkpointing; what does not fit is refused."""
     monkeypatch.setattr(L, "KERNELS", "triton")
     x, g, ws = inputs((5,), 24, [12, 8], torch.float32)
     args = [t.requires_grad_() for t in (x, g, *ws)]
@@ -198,7 +207,8 @@ def test_registration(monkeypatch):
     step = lambda x, g, *ws: sum(y.square().sum() for y in L.bit_linear(x, g, ws))
     want = torch.autograd.grad(step(*args), args)
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(step(*args), args), want)), "results repeat"
-    for f in (torch.compile(step, fullgraph=True, backend="aot_eager"), lambda *a: torch.utils.checkpoint.checkpoint(step, *a, use_reentrant=False)):
+    for f in (torch.compile(step, fullgraph=True, backend="aot_eager"),
+              lambda *a: torch.utils.checkpoint.checkpoint(step, *a, use_reentrant=False)):
         for got, expected in zip(torch.autograd.grad(f(*args), args), want):
             torch.testing.assert_close(got, expected)
     meta = [t.detach().to("meta").requires_grad_() for t in args]

@@ -1,4 +1,4 @@
-"""bitnet.py against transformers' BitNet (master weights, packed weights, full precision), against itself, and as a program."""
+"""bitnet.py against transformers' BitNet (master, packed, full-precision weights), against itself, and as a program."""
 
 import json
 import os
@@ -16,7 +16,8 @@ import bitnet
 from bitnet import Config, Model
 
 TINY = dict(layers=2, heads=4, kv_heads=2, dim=16, ffn_dim=24, seq=64, vocab=50)
-RUN = ["--layers", "2", "--heads", "2", "--dim", "32", "--seq", "32", "--batch", "4", "--eval-iters", "2", "--tokens", "40", "--dtype", "fp32"]
+RUN = ["--layers", "2", "--heads", "2", "--dim", "32", "--seq", "32", "--batch", "4", "--eval-iters", "2",
+       "--tokens", "40", "--dtype", "fp32"]
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +31,15 @@ def oracle(online=True):
     from transformers import BitNetConfig, BitNetForCausalLM
     from transformers.integrations.bitnet import AutoBitLinear
 
-    c = BitNetConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=50,
-                     max_position_embeddings=64, bos_token_id=1, eos_token_id=None, tie_word_embeddings=True)  # fmt: skip
+    c = BitNetConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                     num_key_value_heads=2, vocab_size=50, max_position_embeddings=64, bos_token_id=1,
+                     eos_token_id=None, tie_word_embeddings=True)  # fmt: skip
     model = BitNetForCausalLM(c)
     for module in list(model.model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear and online:
-                setattr(module, name, AutoBitLinear(child.in_features, child.out_features, bias=False, online_quant=True))
+                setattr(module, name,
+                        AutoBitLinear(child.in_features, child.out_features, bias=False, online_quant=True))
     return randomised(model).eval()
 
 
@@ -83,7 +86,7 @@ def test_quantised_values_equal_transformers():
 
 
 def test_saves_what_transformers_loads(tmp_path):
-    """Master weights, packed ones, and the twin: equal logits after transformers' from_pretrained; and what we load back."""
+    """Master weights, packed ones, the twin: equal logits after transformers' from_pretrained; what we load back."""
     x = tokens()
     for bits in (2, 16):
         ours = randomised(Model(Config(**TINY, bits=bits))).eval()
@@ -128,7 +131,7 @@ def test_reads_the_hub_forms(tmp_path):
 
 
 def test_strict(tmp_path, capsys):
-    """A missing, an unknown, a misshapen tensor, another architecture, packed weights where full ones are asked for: named and refused."""
+    """A missing, unknown or misshapen tensor, another architecture, packed weights for full ones: named and refused."""
     Model(Config(**TINY)).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     good, config = load_file(file), json.loads((tmp_path / "config.json").read_text())
@@ -157,8 +160,8 @@ def test_strict(tmp_path, capsys):
 
 @pytest.mark.parametrize("bits", [2, 16])
 def test_step_equals_forward(bits):
-    """Prefill of any length, then one token at a time, then several, past the first 64 places of the cache: the logits of one forward.
-    Of the ternary model nine in ten agree to rounding; in the others an activation tips, 1/127 of its token's largest."""
+    """Prefill of any length, then one token at a time, then several, past the cache's 64 places: one forward's logits.
+    Of the ternary model nine in ten agree to rounding; else an activation tips, 1/127 of its token's largest."""
     model = randomised(Model(Config(**TINY | dict(seq=80), bits=bits))).eval()
     x = tokens(T=80)
     with torch.no_grad():
@@ -183,11 +186,12 @@ def test_greedy_equals_transformers(tmp_path):
     x = tokens(B=1, T=4)
     want = other.generate(x, max_new_tokens=50, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 4:].tolist()
     cfg = Config(temp=0, tokens=50)
-    assert [i for i, _ in bitnet.generate(model, x, cfg)] == want == [i for i, _ in bitnet.generate(model.pack(), x, cfg)]
+    assert ([i for i, _ in bitnet.generate(model, x, cfg)] == want
+            == [i for i, _ in bitnet.generate(model.pack(), x, cfg)])
 
 
 def test_official_sizes():
-    """2B4T has 2,412,820,480 parameters and 521 MB of packed weights; a 3B's packed weights are under 1 GB, an eighth of bf16."""
+    """2B4T has 2,412,820,480 parameters, 521 MB of packed weights; a 3B's are under 1 GB packed, an eighth of bf16."""
     with torch.device("meta"):
         model = Model(Config(**bitnet.PRESETS["2B"]))
         assert sum(p.numel() for p in model.parameters()) == 2_412_820_480
@@ -195,7 +199,8 @@ def test_official_sizes():
         assert sum(ternary) == 2_084_044_800 and len(ternary) == 210
         held = sum(t.nbytes for f in model.pack().bit_linears().values() for t in f.packed())
         assert 520e6 < held < 522e6 and held * 7.99 < 2 * sum(ternary)
-        assert sum(f.weight.numel() for f in Model(Config(**bitnet.PRESETS["3B"] | dict(vocab=32000))).bit_linears().values()) / 4 < 1e9
+        assert sum(f.weight.numel()
+                   for f in Model(Config(**bitnet.PRESETS["3B"] | dict(vocab=32000))).bit_linears().values()) / 4 < 1e9
 
 
 def test_two_stages():
@@ -207,8 +212,8 @@ def test_two_stages():
 
 
 def test_recorded_losses():
-    """Ten steps on one batch, seed 0; a change in initialisation, maths or optimizer shows here. In fp64: in fp32 the last bit of a
-    sum, which differs between CPUs, tips a rounding to another integer within a few steps."""
+    """Ten steps on one batch, seed 0; a change in initialisation, maths or optimizer shows here. In fp64: in fp32 the
+    last bit of a sum, which differs between CPUs, tips a rounding to another integer within a few steps."""
     torch.set_default_dtype(torch.float64)
     try:
         found = overfit(bitnet, heads=2)
@@ -229,7 +234,8 @@ def test_masters_drift_while_few_ternary_weights_change():
         model(tokens(), tokens().roll(-1, 1)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    changed = [(bitnet.quantize_weight(f.weight)[0] != before[k]).float().mean() for k, f in model.bit_linears().items()]
+    changed = [(bitnet.quantize_weight(f.weight)[0] != before[k]).float().mean()
+               for k, f in model.bit_linears().items()]
     assert all((f.weight != weights[k]).all() for k, f in model.bit_linears().items())
     assert 0 < torch.stack(changed).mean() < 0.1
 
@@ -272,7 +278,8 @@ def test_alone_gives_the_same_losses():
         assert error(q.grad, p.grad) < 1e-4, k
     with torch.no_grad():
         assert error(other.step(x, other.init_state(3))[0], model.step(x, model.init_state(3))[0]) < 1e-4
-        assert torch.equal(other.pack().state_dict()["model.layers.0.mlp.up_proj.weight"], model.pack().state_dict()["model.layers.0.mlp.up_proj.weight"])
+        assert torch.equal(other.pack().state_dict()["model.layers.0.mlp.up_proj.weight"],
+                           model.pack().state_dict()["model.layers.0.mlp.up_proj.weight"])
 
 
 # ---------------------------------------------------------------- the program
@@ -300,7 +307,8 @@ def test_pack_and_sample(run, capsys):
     assert got.out == want.out and got.out.startswith("3 times") and "ternary weights: " in got.err
     tensors = load_file(f"{packed}/model.safetensors")
     held = sum(v.nbytes for k, v in tensors.items() if v.dtype == torch.uint8 or k.endswith("_scale"))
-    assert f"{held:,} bytes" in said.out and held < sum(2 * 4 * v.numel() for v in tensors.values() if v.dtype == torch.uint8) / 7
+    assert (f"{held:,} bytes" in said.out
+            and held < sum(2 * 4 * v.numel() for v in tensors.values() if v.dtype == torch.uint8) / 7)
     with pytest.raises(SystemExit):
         bitnet.main(["--pack", "--init", packed, "--out", str(run / "p")])
     assert "are packed already" in capsys.readouterr().err

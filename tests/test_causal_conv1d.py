@@ -1,4 +1,4 @@
-"""kernels/causal_conv1d.py: numerics, traffic and machine code (kernelcheck.py), the plain form, and how the op sits in PyTorch."""
+"""kernels/causal_conv1d.py: numerics, traffic, machine code (kernelcheck.py), the plain form, the op in PyTorch."""
 import kernelcheck as K
 import pytest
 import torch
@@ -42,7 +42,8 @@ def test_numerics(name, small):
 def test_equals_pytorch():
     """The definition is torch's conv1d, groups = channels, padding W - 1 on the left."""
     x, w, b, before = case(2, 9, 5, 4)
-    want = torch.nn.functional.conv1d(torch.cat([before, x], 1).transpose(1, 2), w[:, None], b, groups=5).transpose(1, 2)
+    want = torch.nn.functional.conv1d(
+        torch.cat([before, x], 1).transpose(1, 2), w[:, None], b, groups=5).transpose(1, 2)
     torch.testing.assert_close(C.causal_conv1d_ref(x, w, b, before, None), want)
     torch.testing.assert_close(C.causal_conv1d_ref(x, w, b, before), torch.nn.functional.silu(want))
 
@@ -70,8 +71,10 @@ def bench_cases():
 
 def launches():
     """bf16 beside fp32 weights, with and without initial; fp32 and fp16; the official width of 4, and 3."""
-    for dtype, w_dtype, how in ((torch.bfloat16, torch.float32, dict(initial=False)), (torch.bfloat16, torch.bfloat16, {}),
-                                (torch.float32, torch.float32, dict(initial=False)), (torch.float16, torch.float32, dict(W=3))):
+    for dtype, w_dtype, how in ((torch.bfloat16, torch.float32, dict(initial=False)),
+                                (torch.bfloat16, torch.bfloat16, {}),
+                                (torch.float32, torch.float32, dict(initial=False)),
+                                (torch.float16, torch.float32, dict(W=3))):
         x = torch.empty(1, 64, 3072, dtype=dtype, requires_grad=True)[..., :1536]
         w, b = torch.empty(1536, how.get("W", 4), dtype=w_dtype), torch.empty(1536, dtype=w_dtype)
         before = torch.empty(1, w.shape[1] - 1, 1536, dtype=dtype) if how.get("initial", True) else None
@@ -93,7 +96,8 @@ def test_torch_form():
                           (case(2, 9, 10, 3, bias=False, dtype=dtype, w_dtype=w_dtype), dict(activation=None))):
             wrt, results = [t for t in args if t is not None], []
             torch._dynamo.reset()
-            for f in (C.causal_conv1d, torch.compile(C.causal_conv1d, fullgraph=True, backend="aot_eager"), C.causal_conv1d_ref):
+            for f in (C.causal_conv1d, torch.compile(C.causal_conv1d, fullgraph=True, backend="aot_eager"),
+                      C.causal_conv1d_ref):
                 y = f(*args, **how)
                 results.append([y, *torch.autograd.grad((y * y.detach()).sum(), wrt)])
             for got in results[:2]:

@@ -1,4 +1,4 @@
-"""dit.py against Meta's DiT (recorded, see official_dit.py), diffusers' DiT, PixArt-alpha and schedulers, against itself, and as a program."""
+"""dit.py against Meta's DiT (recorded), diffusers' DiT, PixArt-alpha and schedulers, against itself, as a program."""
 
 import json
 import os
@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 import dit
 from dit import Config, Model
 
-OFFICIAL = dict(layers=2, dim=24, heads=4, patch=2, size=4, channels=4, cond="class", classes=5, objective="ddpm", learn_sigma=True, drop=0.0)
-TEXT = dict(layers=2, dim=24, heads=4, patch=2, size=8, channels=4, cond="text", captions=6, features=10, objective="ddpm", learn_sigma=True)
+OFFICIAL = dict(layers=2, dim=24, heads=4, patch=2, size=4, channels=4, cond="class", classes=5, objective="ddpm",
+                learn_sigma=True, drop=0.0)
+TEXT = dict(layers=2, dim=24, heads=4, patch=2, size=8, channels=4, cond="text", captions=6, features=10,
+            objective="ddpm", learn_sigma=True)
 RUN = "--layers 2 --heads 2 --dim 32 --batch 8 --eval-iters 1 --sample-steps 2 --number 2 --dtype fp32".split()
 
 
@@ -47,7 +49,7 @@ def test_equals_metas_dit():
 
 @pytest.mark.parametrize("name, sampler", [("ddpm", "ddpm"), ("ddim", "ddim"), ("ddim_5", "ddim")])
 def test_sampling_equals_metas(monkeypatch, name, sampler):
-    """Trajectories with guidance on three channels, learned variances, and respaced times; the noise is the official code's."""
+    """Trajectories with guidance on three channels, learned variances, respaced times; noise as the official code's."""
     model = official_dit.filled(Model(Config(**OFFICIAL)))
     _, noise, _, _ = official_dit.inputs()
     times = json.loads(Path(official_dit.__file__).with_suffix(".json").read_text())[f"{name}_times"][::-1]
@@ -71,8 +73,9 @@ def test_equals_metas_dit_live():
 def diffusers_dit():
     from diffusers import DiTTransformer2DModel
 
-    theirs = DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=6, in_channels=4, out_channels=8, num_layers=2, sample_size=4,
-                                   patch_size=2, num_embeds_ada_norm=5, norm_num_groups=1, norm_eps=1e-6)  # fmt: skip
+    theirs = DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=6, in_channels=4, out_channels=8, num_layers=2, sample_size=4,
+        patch_size=2, num_embeds_ada_norm=5, norm_num_groups=1, norm_eps=1e-6)  # fmt: skip
     theirs = official_dit.filled(theirs).eval()
     first = theirs.transformer_blocks[0].norm1.emb
     for block in theirs.transformer_blocks:
@@ -84,9 +87,11 @@ def diffusers_dit():
 def diffusers_pixart():
     from diffusers import PixArtTransformer2DModel
 
-    theirs = PixArtTransformer2DModel(num_attention_heads=4, attention_head_dim=6, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=24,
-                                      sample_size=8, patch_size=2, caption_channels=10, norm_type="ada_norm_single", norm_elementwise_affine=False,
-                                      norm_eps=1e-6, attention_bias=True, use_additional_conditions=False, interpolation_scale=2)  # fmt: skip
+    theirs = PixArtTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=6, in_channels=4, out_channels=8, num_layers=2,
+        cross_attention_dim=24, sample_size=8, patch_size=2, caption_channels=10, norm_type="ada_norm_single",
+        norm_elementwise_affine=False, norm_eps=1e-6, attention_bias=True,
+        use_additional_conditions=False, interpolation_scale=2)  # fmt: skip
     return official_dit.filled(theirs).eval()
 
 
@@ -95,7 +100,8 @@ def same_gradients(ours, theirs, config):
     grads = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in theirs.named_parameters()}
     for n in [n for n in grads if ".norm1.emb." in n]:  # the embedders of all blocks are one of ours
         part = n.split(".norm1.")[1]
-        grads[n] = sum(g for m, g in grads.items() if m.endswith(f".norm1.{part}")) if n.startswith("transformer_blocks.0.") else grads[n]
+        grads[n] = (sum(g for m, g in grads.items() if m.endswith(f".norm1.{part}"))
+                    if n.startswith("transformer_blocks.0.") else grads[n])
     want = dit.from_diffusers(grads, config)
     for n, p in ours.named_parameters():
         assert error(p.grad, want[n]) < 1e-4, n
@@ -105,7 +111,8 @@ def test_equals_diffusers_dit(tmp_path):
     theirs = diffusers_dit()
     theirs.save_pretrained(tmp_path / "transformer")
     ours = Model.from_pretrained(tmp_path).eval()
-    assert {k: getattr(ours.cfg, k) for k in OFFICIAL if k != "drop"} == {k: v for k, v in OFFICIAL.items() if k != "drop"}
+    assert ({k: getattr(ours.cfg, k) for k in OFFICIAL if k != "drop"}
+            == {k: v for k, v in OFFICIAL.items() if k != "drop"})
     x, _, t, y = official_dit.inputs()
     a, b = ours(x, t, y), theirs(x, t, class_labels=y).sample
     assert error(a, b) < 1e-5
@@ -122,7 +129,8 @@ def test_equals_diffusers_pixart(tmp_path):
     g = torch.Generator().manual_seed(1)
     x, t, y = torch.randn(3, 4, 8, 8, generator=g), torch.tensor([0, 500, 999]), torch.randn(3, 6, 10, generator=g)
     mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4, [1] * 5 + [0]])
-    a, b = ours(x, t, y, mask), theirs(x, y, t, encoder_attention_mask=mask, added_cond_kwargs=dict(resolution=None, aspect_ratio=None)).sample
+    a, b = ours(x, t, y, mask), theirs(x, y, t, encoder_attention_mask=mask,
+                                       added_cond_kwargs=dict(resolution=None, aspect_ratio=None)).sample
     assert error(a, b) < 1e-5
     (a * a.detach()).sum().backward()
     (b * b.detach()).sum().backward()
@@ -130,7 +138,7 @@ def test_equals_diffusers_pixart(tmp_path):
 
 
 def test_official_files(tmp_path):
-    """A plain state dict, the training script's dictionary (EMA weights, argparse's flags), a safetensors file, PixArt-alpha's; and what they are not."""
+    """A plain state dict, the training script's (EMA, argparse's flags), safetensors, PixArt-alpha's; what is none."""
     import argparse
 
     model = official_dit.filled(Model(Config(**OFFICIAL | dict(dim=64, heads=1))))
@@ -140,7 +148,8 @@ def test_official_files(tmp_path):
     text = official_dit.filled(Model(Config(**TEXT | dict(dim=64, heads=1))))
     torch.save(dict(state_dict=text.state_dict()), tmp_path / "pixart.pth")
     model.save_pretrained(tmp_path / "folder")
-    for name, want in (("plain.pt", model), ("training.pt", model), ("folder", model), ("folder/model.safetensors", model), ("pixart.pth", text)):
+    for name, want in (("plain.pt", model), ("training.pt", model), ("folder", model),
+                       ("folder/model.safetensors", model), ("pixart.pth", text)):
         found = Model.from_pretrained(tmp_path / name)
         assert found.cfg.cond == want.cfg.cond and found.cfg.heads == 1
         assert all(torch.equal(v, want.state_dict()[k]) for k, v in found.state_dict().items())
@@ -199,7 +208,8 @@ def follow(scheduler, model, noise, times=None):
     """diffusers' own loop."""
     x = noise
     for t in scheduler.timesteps:
-        out = model(scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x, torch.as_tensor(t).expand(len(x)), None)
+        out = model(scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x,
+                    torch.as_tensor(t).expand(len(x)), None)
         x = scheduler.step(out, t, x).prev_sample
     return x
 
@@ -240,7 +250,8 @@ def test_samplers_equal_diffusers(sampler, monkeypatch):
             monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: next(pile))
         want = follow(s, model, begin)
         drawn.manual_seed(3)
-        got = model.sample(torch.zeros(2), noise=noise, times=times, sampler=sampler.split()[-1] if flow else sampler.split()[0], generator=drawn)
+        got = model.sample(torch.zeros(2), noise=noise, times=times,
+                           sampler=sampler.split()[-1] if flow else sampler.split()[0], generator=drawn)
     assert error(got, want) < 1e-4
 
 
@@ -250,15 +261,17 @@ def pictures(tmp_path):
     """An .npz of 8 x 8 pictures: two classes that differ in colour, with captions."""
     rng, labels = np.random.default_rng(0), np.arange(120) % 2
     images = rng.integers(0, 60, (120, 8, 8, 3)) + np.array([[150, 0, 0], [0, 0, 150]])[labels][:, None, None]
-    np.savez(tmp_path / "p.npz", images=images.astype(np.uint8), labels=np.array(["red", "blue"])[labels], captions=np.array(["all red", "all blue"])[labels])
+    np.savez(tmp_path / "p.npz", images=images.astype(np.uint8), labels=np.array(["red", "blue"])[labels],
+             captions=np.array(["all red", "all blue"])[labels])
     return str(tmp_path / "p.npz")
 
 
 @pytest.mark.parametrize("objective, cond", [("flow", "text"), ("ddpm", "class")])
 def test_loss_falls_and_resumes_bit_for_bit(tmp_path, pictures, objective, cond, capsys):
-    """Forty steps beat predicting nothing; stopped by kill -9 and resumed it is the same run; averages are what is saved and sampled."""
-    args = [*RUN, "--objective", objective, "--cond", cond, "--patch", "2", "--data", pictures, "--lr", "1e-2", "--ema", "0.8", "--eval-every", "20",
-            "--log-every", "1", "--optim", "adamw", "--device", "cpu", "--dtype", "fp32"]  # fmt: skip
+    """Forty steps beat predicting nothing; kill -9 and --resume give the same run; averages are saved and sampled."""
+    args = [*RUN, "--objective", objective, "--cond", cond, "--patch", "2", "--data", pictures, "--lr", "1e-2",
+            "--ema", "0.8", "--eval-every", "20", "--log-every", "1", "--optim", "adamw",
+            "--device", "cpu", "--dtype", "fp32"]  # fmt: skip
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     dit.main([*args, "--steps", "40", "--out", one])
     a = losses(one)
@@ -278,14 +291,17 @@ def test_loss_falls_and_resumes_bit_for_bit(tmp_path, pictures, objective, cond,
     weights, raw = load_file(Path(one, "model.safetensors")), state["optimizers"][-1]["state"]
     assert all(Path(one, f"grid_{s}.png").is_file() for s in (20, 40)) and Path(one, "grid.png").is_file()
     assert len(raw) == sum(1 for _ in Model.from_pretrained(one).parameters())
-    assert any((r["average"] - w).abs().max() > 1e-4 for r in raw.values() for w in weights.values() if w.shape == r["average"].shape)
-    dit.main(["--out", one, "--sample", "red | blue" if cond == "class" else "all red | all blue", "--guidance", "2", "--number", "3", "--sample-steps", "3"])
+    assert any((r["average"] - w).abs().max() > 1e-4
+               for r in raw.values() for w in weights.values() if w.shape == r["average"].shape)
+    dit.main(["--out", one, "--sample", "red | blue" if cond == "class" else "all red | all blue",
+              "--guidance", "2", "--number", "3", "--sample-steps", "3"])
     assert "6 pictures, 3 in a row" in capsys.readouterr().out and Path(one, "sample.png").is_file()
 
 
 def test_resumes_exactly(tmp_path, pictures):
     """In one process, to the last bit: weights, averages and losses."""
-    args = [*RUN, "--patch", "2", "--data", pictures, "--eval-every", "3", "--log-every", "1", "--optim", "muon", "--lr", "1e-2", "--ema", "0.9", "--device", "cpu"]
+    args = [*RUN, "--patch", "2", "--data", pictures, "--eval-every", "3", "--log-every", "1", "--optim", "muon",
+            "--lr", "1e-2", "--ema", "0.9", "--device", "cpu"]
     dit.main([*args, "--steps", "6", "--out", str(tmp_path / "one")])
     dit.main([*args, "--steps", "3", "--lr-end", "1", "--out", str(tmp_path / "two")])
     dit.main(["--resume", "--steps", "6", "--out", str(tmp_path / "two")])
@@ -312,7 +328,8 @@ def test_average(tmp_path):
 
 def test_two_processes_equal_one(tmp_path, pictures):
     """Noise and times come with the pictures, so the same global batch gives the same losses."""
-    args = [*RUN, "--patch", "2", "--data", pictures, "--steps", "6", "--optim", "adamw", "--lr", "1e-3", "--log-every", "1", "--device", "cpu", "--dtype", "fp32"]
+    args = [*RUN, "--patch", "2", "--data", pictures, "--steps", "6", "--optim", "adamw", "--lr", "1e-3",
+            "--log-every", "1", "--device", "cpu", "--dtype", "fp32"]
     dit.main([*args, "--out", str(tmp_path / "one")])
     finish(start([*args, "--out", str(tmp_path / "two")], "dit.py", torchrun=2))
     a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -324,7 +341,8 @@ def test_alone(tmp_path):
     shutil.copy(ROOT / "dit.py", tmp_path)
     out = finish(start([*RUN, "--steps", "2", "--patch", "8", "--out", "o"], "dit.py", cwd=tmp_path))
     assert "plain PyTorch" in out and "drawing shapes" in out and "final val loss" in out
-    out = finish(start(["--sample", "a small red circle", "--out", "o", "--number", "2", "--sample-steps", "2"], "dit.py", cwd=tmp_path))
+    out = finish(start(["--sample", "a small red circle", "--out", "o", "--number", "2", "--sample-steps", "2"],
+                       "dit.py", cwd=tmp_path))
     assert "2 pictures" in out
 
 
@@ -335,7 +353,8 @@ def test_alone(tmp_path):
     ("--heads 5", "--heads 5: --dim 32 must be divisible"),
     ("--patch 3", "--patch 3: the pictures' side 8 must be divisible"),
     ("--size 9", "--size 9 --channels 0: --data"),
-    ("--data nothing.npz", "--data nothing.npz: no .npz, no folder of pictures, nor one of cifar10, fashion_mnist, mnist, shapes"),
+    ("--data nothing.npz",
+     "--data nothing.npz: no .npz, no folder of pictures, nor one of cifar10, fashion_mnist, mnist, shapes"),
     ("--features 7", "must have features"),
     ("--cond class --classes 1", "--classes 1: --data"),
     ("--sample red", "no run in"),
@@ -355,7 +374,8 @@ def test_bad_arrays(tmp_path, capsys):
     np.savez(tmp_path / "c.npz", pictures=np.zeros(3))
     np.savez(tmp_path / "d.npz", images=np.zeros((4, 8, 8, 3), np.uint8))
     (tmp_path / "e.npz").write_text("x")
-    for name, words in (("a", "8 x 6, and a square"), ("b", "3 labels for 4 images"), ("c", "needs images"), ("d", "no captions"), ("e", "cannot be read")):
+    for name, words in (("a", "8 x 6, and a square"), ("b", "3 labels for 4 images"), ("c", "needs images"),
+                        ("d", "no captions"), ("e", "cannot be read")):
         with pytest.raises(SystemExit):
             dit.main([*RUN, "--data", str(tmp_path / f"{name}.npz"), "--out", str(tmp_path / "o")])
         assert words in capsys.readouterr().err

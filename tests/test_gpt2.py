@@ -1,4 +1,4 @@
-"""gpt2.py against transformers' GPT-2, against itself in every form, and as a program that people start, stop and misuse."""
+"""gpt2.py against transformers' GPT-2, against itself in every form, and as a program: started, stopped, misused."""
 
 import dataclasses
 import json
@@ -20,7 +20,8 @@ import gpt2
 from gpt2 import Config, Model
 
 TINY = dict(layers=2, heads=2, dim=16, seq=32, vocab=50)
-RUN = ["--layers", "2", "--heads", "2", "--dim", "32", "--seq", "32", "--batch", "4", "--eval-iters", "2", "--tokens", "20", "--dtype", "fp32"]
+RUN = ["--layers", "2", "--heads", "2", "--dim", "32", "--seq", "32", "--batch", "4", "--eval-iters", "2",
+       "--tokens", "20", "--dtype", "fp32"]
 
 
 def oracle(folder=None):
@@ -59,7 +60,7 @@ def test_saves_what_transformers_loads(tmp_path):
 
 
 def test_reads_the_hub_form(tmp_path):
-    """OpenAI's own files have no prefix, mask buffers, and maybe a copy of the head; a shorter context takes fewer positions."""
+    """OpenAI's files: no prefix, mask buffers, maybe a copy of the head; a shorter context takes fewer positions."""
     theirs = oracle()
     theirs.save_pretrained(tmp_path)
     plain = {k.removeprefix("transformer."): v for k, v in load_file(tmp_path / "model.safetensors").items()}
@@ -77,7 +78,8 @@ def test_reads_llmc(tmp_path, version):
     """llm.c's file, written here by its description: padded vocabulary, products as (out, in), layers stacked."""
     model = randomised(Model(Config(**TINY)))
     t = model.state_dict()
-    kinds = "ln_1.weight ln_1.bias attn.c_attn.weight attn.c_attn.bias attn.c_proj.weight attn.c_proj.bias ln_2.weight".split()
+    kinds = ("ln_1.weight ln_1.bias attn.c_attn.weight attn.c_attn.bias attn.c_proj.weight attn.c_proj.bias "
+             "ln_2.weight").split()
     kinds += "ln_2.bias mlp.c_fc.weight mlp.c_fc.bias mlp.c_proj.weight mlp.c_proj.bias".split()
     parts = [F.pad(t["wte.weight"], (0, 0, 0, 78)), t["wpe.weight"]]
     for k in kinds:
@@ -147,7 +149,8 @@ def test_generates_past_the_context():
     model = randomised(Model(Config(**TINY)))
     ids = [i for i, _ in gpt2.generate(model, tokens(B=1, T=40), Config(tokens=100, seed=3))]
     assert len(ids) == 100 and max(ids) < 50
-    assert ids == [i for i, _ in gpt2.generate(model, tokens(B=1, T=40), Config(tokens=100, seed=3))], "a seed gives one sample"
+    assert ids == [i for i, _ in gpt2.generate(model, tokens(B=1, T=40), Config(tokens=100, seed=3))], (
+        "a seed gives one sample")
 
 
 def test_draw():
@@ -157,7 +160,8 @@ def test_draw():
     def drawn(**how):
         return {gpt2.draw(logits, Config(temp=1.0, **how), g).item() for _ in range(200)}
 
-    assert drawn() == {0, 1, 2, 3} and drawn(top_k=2) == {2, 3} and drawn(top_p=0.5) == {2, 3} and drawn(top_p=0.3) == {3}
+    assert (drawn() == {0, 1, 2, 3} and drawn(top_k=2) == {2, 3}
+            and drawn(top_p=0.5) == {2, 3} and drawn(top_p=0.3) == {3})
     assert gpt2.draw(logits, Config(temp=0), g).item() == 3
 
 
@@ -230,21 +234,24 @@ def test_recorded_losses(optim):
 class Products(torch.utils._python_dispatch.TorchDispatchMode):
     """Which of PyTorch's own operations multiply matrices, normalise, activate or take a softmax."""
 
-    NAMES = "mm bmm addmm baddbmm linear gelu gelu_backward native_layer_norm native_layer_norm_backward _softmax".split()
-    NAMES += ["_log_softmax", "_fused_adamw_", "_foreach_addcdiv_", "addcdiv_", "_scaled_dot_product_flash_attention_for_cpu"]
+    NAMES = ("mm bmm addmm baddbmm linear gelu gelu_backward native_layer_norm native_layer_norm_backward "
+             "_softmax").split()
+    NAMES += ["_log_softmax", "_fused_adamw_", "_foreach_addcdiv_", "addcdiv_",
+              "_scaled_dot_product_flash_attention_for_cpu"]
 
     def __init__(self):
         super().__init__()
         self.seen = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "mkldnn" or func.namespace == "aten" and func._schema.name.removeprefix("aten::") in self.NAMES:
+        if (func.namespace == "mkldnn"
+                or func.namespace == "aten" and func._schema.name.removeprefix("aten::") in self.NAMES):
             self.seen.add(func._schema.name)
         return func(*args, **(kwargs or {}))
 
 
 def test_every_flop_in_our_kernels(monkeypatch):
-    """With KERNELS=triton ten whole steps, optimizer included, give plain PyTorch's losses and call none of its products."""
+    """With KERNELS=triton ten steps, optimizer included, give plain PyTorch's losses and call none of its products."""
     small = dict(B=2, T=16, heads=2, optim="adamw")
     with Products() as products:
         plain = overfit(gpt2, **small)
@@ -266,7 +273,8 @@ def test_every_flop_in_our_kernels(monkeypatch):
 
 def test_learns(tmp_path, text):
     """A short real run: the loss of one that learns nothing but the letters' frequencies is 2.6."""
-    finish(start([*RUN, "--data", text, "--steps", "150", "--batch", "16", "--eval-every", "150", "--out", str(tmp_path / "o")]))
+    finish(start([*RUN, "--data", text, "--steps", "150", "--batch", "16", "--eval-every", "150",
+                  "--out", str(tmp_path / "o")]))
     assert float(losses(tmp_path / "o")[150][1]) < 1.0
 
 
@@ -278,7 +286,8 @@ def test_a_text_without_newlines(tmp_path):
     assert "final val loss" in out and "log.csv are in" in out
 
 
-@pytest.mark.parametrize("flags", [["--optim", "muon"], ["--optim", "adamw", "--dropout", "0.1", "--accum", "2"], ["--optim", "adamw8bit"]])
+@pytest.mark.parametrize("flags", [
+    ["--optim", "muon"], ["--optim", "adamw", "--dropout", "0.1", "--accum", "2"], ["--optim", "adamw8bit"]])
 def test_resume_after_kill(tmp_path, text, flags):
     """kill -9, then --resume: the next losses are the same to the last bit, and so are the weights."""
     args = [*RUN, *flags, "--data", text, "--steps", "60", "--eval-every", "20", "--log-every", "1"]
@@ -315,8 +324,9 @@ def test_kill_between_the_two_renames(tmp_path, text):
 
 @pytest.mark.parametrize("flags", [[], ["--fsdp"]])
 def test_two_processes_equal_one(tmp_path, text, flags):
-    """Same global batch: losses over 20 steps within 1e-5, with DDP and with FSDP2; the sharded run saves a whole checkpoint."""
-    args = [*RUN, "--optim", "adamw", "--lr", "1e-3", "--accum", "2", "--data", text, "--steps", "20", "--eval-every", "10", "--log-every", "1"]
+    """Same global batch: losses over 20 steps within 1e-5, DDP and FSDP2; the sharded run saves a whole checkpoint."""
+    args = [*RUN, "--optim", "adamw", "--lr", "1e-3", "--accum", "2", "--data", text, "--steps", "20",
+            "--eval-every", "10", "--log-every", "1"]
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start([*args, "--out", str(one)]))
     finish(start([*args, *flags, "--out", str(two)], torchrun=2))
@@ -348,12 +358,13 @@ def test_loss_that_is_not_finite(tmp_path, text):
     finish(start([*args[:-4], "--steps", "40", "--eval-every", "5", "--out", out, "--steps", "5"]))
     p = start(["--resume", "--out", out, "--steps", "40", "--lr", "1e30", "--clip", "0"])
     said = p.communicate(timeout=60)[0]
-    assert p.returncode == 2 and "the loss is not finite; the last good checkpoint is step 5" in said and "Traceback" not in said, said
+    assert (p.returncode == 2 and "the loss is not finite; the last good checkpoint is step 5" in said
+            and "Traceback" not in said), said
     assert gpt2.load_run(out)["step"] == 5
 
 
 def test_alone(tmp_path, text):
-    """Copied into an empty folder: trains, resumes and samples in plain PyTorch; without --data on Python's own library."""
+    """In an empty folder it trains, resumes and samples in plain PyTorch; without --data on Python's own library."""
     shutil.copy(ROOT / "gpt2.py", tmp_path)
     out = finish(start([*RUN, "--data", text, "--steps", "4", "--out", "o"], cwd=tmp_path))
     assert "plain PyTorch" in out and "final val loss" in out
@@ -389,7 +400,8 @@ def test_token_files(tmp_path):
     import pickle
 
     chars = "".join(chr(48 + i) for i in range(65))
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=65, itos=dict(enumerate(chars)), stoi={c: i for i, c in enumerate(chars)})))
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(
+        dict(vocab_size=65, itos=dict(enumerate(chars)), stoi={c: i for i, c in enumerate(chars)})))
     train, val, tok = gpt2.load_data(c := cfg(), {}, None)
     assert (c.tok, c.vocab, tok.decode([0, 1]), train.tokens, val.tokens) == ("char", 65, "01", 2000, 100)
     x, y = train.batch(c, 3, 0, 0, 1)
@@ -403,7 +415,8 @@ def test_token_files(tmp_path):
     for i, n in enumerate((500, 300)):
         head = np.zeros(256, "<i4")
         head[:3] = 20240520, 1, n
-        (tmp_path / f"fineweb_train_{i}.bin").write_bytes(head.tobytes() + (np.arange(n, dtype="<u2") + 1000 * i).tobytes())
+        (tmp_path / f"fineweb_train_{i}.bin").write_bytes(
+            head.tobytes() + (np.arange(n, dtype="<u2") + 1000 * i).tobytes())
     train, val, _ = gpt2.load_data(c := cfg(tok="byte", vocab=2000), {}, None)
     assert (train.tokens, val.tokens) == (500 + 270, 30)
     for i in range(train.first[-1]):  # no window crosses from one shard into the next
@@ -487,7 +500,8 @@ def bad_inputs(tmp, text):
     yield ["--tok", "klingon", *d], "--tok klingon: one of char, byte, gpt2"
     yield ["--tok", str(tmp / "latin.txt"), *d], "cannot be used"
     yield ["--vocab", "3", *d], "--vocab 3: the tokenizer char has"
-    yield ["--data", str(tmp / "big"), "--tok", "byte", "--seq", "8", "--dim", "16", "--heads", "2", "--layers", "1"], "token id 60000 is outside the vocabulary of 256"
+    yield ["--data", str(tmp / "big"), "--tok", "byte", "--seq", "8", "--dim", "16", "--heads", "2",
+           "--layers", "1"], "token id 60000 is outside the vocabulary of 256"
     yield ["--out", str(tmp / "file" / "x"), *d], "--out"
     yield ["--resume", "--out", str(tmp / "none")], "--resume: no run in"
     yield ["--resume", "--out", str(tmp / "broken")], "train_state.pt: damaged"
@@ -501,7 +515,7 @@ def bad_inputs(tmp, text):
 
 
 def test_bad_inputs(tmp_path, text, capsys, monkeypatch):
-    """Each is one line that names the flag or the file and what would be right, exit code 2; nothing is half-written."""
+    """Each is one line that names the flag or file and what would be right, exit code 2; nothing is half-written."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for args, said in bad_inputs(tmp_path, text):
@@ -533,7 +547,8 @@ def test_no_network_trains_on_stdlib(tmp_path):
     """The default set cannot be downloaded: one loud line, and Python's own library instead."""
     for f in ("gpt2.py", "kernels", "data"):
         src = ROOT / f
-        (shutil.copytree if src.is_dir() else shutil.copy)(src, tmp_path / f, **(dict(ignore=lambda d, names: [n for n in names if (Path(d) / n).is_dir()]) if src.is_dir() else {}))
+        (shutil.copytree if src.is_dir() else shutil.copy)(src, tmp_path / f, **(
+            dict(ignore=lambda d, names: [n for n in names if (Path(d) / n).is_dir()]) if src.is_dir() else {}))
     env = {k: "http://127.0.0.1:9" for k in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")}
     out = finish(start([*RUN, "--steps", "2", "--eval-iters", "1"], cwd=tmp_path, env=env))
     assert "!!!" in out and "--data stdlib" in out and "stdlib:" in out

@@ -1,4 +1,4 @@
-"""What every language model file does as a program, whatever its architecture. gpt2.py's own tests go deeper (test_gpt2.py)."""
+"""What every language model file does as a program, whatever its architecture; test_gpt2.py goes deeper."""
 
 import shutil
 from pathlib import Path
@@ -30,7 +30,8 @@ def file(request):
 def test_learns_and_resumes_after_kill(tmp_path, text, file):
     """A short real run learns; kill -9 and --resume give the same losses and weights to the last bit."""
     name, small, flags = file
-    args = [*small, *flags, "--lr", "5e-3", "--warmup", "5", "--data", text, "--steps", "60", "--eval-every", "20", "--log-every", "1", *FP32]
+    args = [*small, *flags, "--lr", "5e-3", "--warmup", "5", "--data", text, "--steps", "60", "--eval-every", "20",
+            "--log-every", "1", *FP32]
     one, two = str(tmp_path / "one"), str(tmp_path / "two")
     finish(start([*args, "--out", one], name))
     cut = start([*args, "--out", two], name)
@@ -52,7 +53,8 @@ def test_two_processes_equal_one(tmp_path, text, file):
     """Same global batch: losses over 20 steps within 1e-5."""
     name, small, _ = file
     small = [*small, "--bits", "16"] if name == "bitnet.py" else small  # the last bit of a sum tips a ternary rounding
-    args = [*small, "--optim", "adamw", "--lr", "1e-3", "--data", text, "--steps", "20", "--eval-every", "20", "--log-every", "1", *FP32]
+    args = [*small, "--optim", "adamw", "--lr", "1e-3", "--data", text, "--steps", "20", "--eval-every", "20",
+            "--log-every", "1", *FP32]
     finish(start([*args, "--out", str(tmp_path / "one")], name))
     finish(start([*args, "--out", str(tmp_path / "two")], name, torchrun=2))
     a, b = losses(tmp_path / "one"), losses(tmp_path / "two")

@@ -1,4 +1,4 @@
-"""lora_finetune.py against transformers' Llama and peft, against itself in every form, and as a program that people start and misuse."""
+"""lora_finetune.py against transformers' Llama and peft, itself in every form, and as a program: started, misused."""
 
 import dataclasses
 import hashlib
@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 import lora_finetune as lora
 from lora_finetune import Config, Model, Prompts
 
-TINY = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
-            max_position_embeddings=128, bos_token_id=1, eos_token_id=2)  # fmt: skip
-LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+TINY = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=128, bos_token_id=1, eos_token_id=2)
+LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)
 
 
 def oracle(folder=None, **how):
@@ -49,9 +50,10 @@ def refused(capsys, call):
 
 
 # ---------------------------------------------------------------- the base
-@pytest.mark.parametrize("how", [{}, dict(num_key_value_heads=4), dict(rope_parameters=LLAMA3), dict(tie_word_embeddings=True, head_dim=16)])
+@pytest.mark.parametrize("how", [
+    {}, dict(num_key_value_heads=4), dict(rope_parameters=LLAMA3), dict(tie_word_embeddings=True, head_dim=16)])
 def test_equals_transformers(tmp_path, how):
-    """Logits, loss and every gradient, for a folder that transformers saved, here in several shards; fp32, relative error."""
+    """Logits, loss and every gradient, for a folder that transformers saved, in shards; fp32, relative error."""
     theirs = oracle(**how)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
@@ -72,13 +74,15 @@ def test_equals_transformers(tmp_path, how):
 
 def test_saves_what_transformers_loads(tmp_path, base):
     """Random weights of ours with every option; and a base that was loaded keeps what its config.json said besides."""
-    ours = randomised(Model(Config(method="full", layers=2, heads=4, kv_heads=1, head_dim=6, dim=20, ffn=28, vocab=50, rope="8,1,4,16", tied=False)))
+    ours = randomised(Model(Config(method="full", layers=2, heads=4, kv_heads=1, head_dim=6, dim=20, ffn=28, vocab=50,
+                                   rope="8,1,4,16", tied=False)))
     ours.save_pretrained(tmp_path / "a")
     assert error(oracle(tmp_path / "a")(tokens()).logits, ours(tokens())) < 1e-5
     ours = Model.from_pretrained(base)
     ours.save_pretrained(tmp_path / "b")
     theirs = oracle(tmp_path / "b")
-    assert error(theirs(tokens()).logits, ours(tokens())) < 1e-5 and theirs.config.eos_token_id == 2 and ours.stop == {2}
+    assert (error(theirs(tokens()).logits, ours(tokens())) < 1e-5
+            and theirs.config.eos_token_id == 2 and ours.stop == {2})
 
 
 def test_step_equals_forward(base):
@@ -106,7 +110,8 @@ def test_greedy_equals_transformers(base):
 def test_official_sizes():
     """Parameters of Llama 2 7B; and what QLoRA trains of it at rank 64: the paper's script counts 159,907,840."""
     with torch.device("meta"):
-        cfg = Config(layers=32, heads=32, kv_heads=32, dim=4096, ffn=11008, vocab=32000, tied=False, method="lora", rank=64)
+        cfg = Config(layers=32, heads=32, kv_heads=32, dim=4096, ffn=11008, vocab=32000, tied=False,
+                     method="lora", rank=64)
         model = Model(cfg)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 159_907_840
     assert sum(p.numel() for p in model.parameters() if not p.requires_grad) == 6_738_415_616
@@ -137,10 +142,11 @@ def lora_config(**how):
     {},
     dict(use_rslora=True, target_modules="all-linear"),
     dict(target_modules=r".*\.(o_proj|down_proj)", lora_dropout=0.5),
-    dict(rank_pattern={"v_proj": 2, "layers.1.self_attn.q_proj": 3}, alpha_pattern={"q_proj": 3}, layers_to_transform=[1]),
+    dict(rank_pattern={"v_proj": 2, "layers.1.self_attn.q_proj": 3}, alpha_pattern={"q_proj": 3},
+         layers_to_transform=[1]),
 ])  # fmt: skip
 def test_lora_both_ways(base, tmp_path, how):
-    """peft's folder gives the same logits and gradients here, and ours gives them there; names are strict on both sides."""
+    """peft's folder gives the same logits and gradients here, and ours there; names are strict on both sides."""
     from peft import PeftModel
 
     theirs, ours = theirs_and_ours(base, tmp_path, lora_config(**how))
@@ -149,21 +155,24 @@ def test_lora_both_ways(base, tmp_path, how):
     assert error(ours(x), theirs(x).logits) < 1e-5
     ours(x, y).backward()
     F.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten()).backward()
-    grads = {k.removeprefix("base_model.model.").replace(".default.", "."): p.grad for k, p in theirs.named_parameters() if p.requires_grad}
+    grads = {k.removeprefix("base_model.model.").replace(".default.", "."): p.grad
+             for k, p in theirs.named_parameters() if p.requires_grad}
     own = {k: p for k, p in ours.named_parameters() if p.requires_grad}
     assert own.keys() == grads.keys() and all(error(p.grad, grads[k]) < 1e-4 for k, p in own.items())
     assert all(p.grad is None for p in ours.parameters() if not p.requires_grad)
     ours.save_adapter(tmp_path / "ours")
     again = PeftModel.from_pretrained(oracle(base), tmp_path / "ours").eval()
     assert error(again(x).logits, ours(x)) < 1e-5
-    assert load_file(tmp_path / "ours" / "adapter_model.safetensors").keys() == load_file(tmp_path / "theirs" / "adapter_model.safetensors").keys()
+    assert (load_file(tmp_path / "ours" / "adapter_model.safetensors").keys()
+            == load_file(tmp_path / "theirs" / "adapter_model.safetensors").keys())
 
 
 def test_prompts_both_ways(base, tmp_path):
     """LLaMA-Adapter as peft has it (AdaptionPrompt): on the last layer of two, with grouped keys."""
     from peft import AdaptionPromptConfig, PeftModel
 
-    theirs, ours = theirs_and_ours(base, tmp_path, AdaptionPromptConfig(adapter_len=5, adapter_layers=1, task_type="CAUSAL_LM"), 0.7)
+    theirs, ours = theirs_and_ours(
+        base, tmp_path, AdaptionPromptConfig(adapter_len=5, adapter_layers=1, task_type="CAUSAL_LM"), 0.7)
     x = tokens()
     assert error(ours(x), theirs(x).logits) < 1e-5 and error(ours(x), Model.from_pretrained(base)(x)) > 0.01
     ours.save_adapter(tmp_path / "ours")
@@ -172,7 +181,7 @@ def test_prompts_both_ways(base, tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "adapter"])
 def test_begins_as_the_base_and_trains_little(base, method):
-    """The first logits are the base's bit for bit; only what is added gets gradients, moves, and is saved; dropout in training only."""
+    """The base's logits first, bit for bit; only what is added has gradients, moves, is saved; dropout in training."""
     plain = Model.from_pretrained(base)
     if method == "qlora":
         for m in plain.model.modules():
@@ -194,7 +203,7 @@ def test_begins_as_the_base_and_trains_little(base, method):
 
 
 def test_qlora_gradients_and_size(base):
-    """Against LoRA on the decoded weights: every gradient. 0.52 bytes a weight are held, and nothing is decoded between the passes."""
+    """Every gradient as LoRA's on the decoded weights. 0.52 bytes a weight are held, nothing decoded between passes."""
     a, b = Model.from_pretrained(base, "qlora"), Model.from_pretrained(base, "lora")
     for (n, p), m in zip(a.model.named_modules(), b.model.modules()):
         if isinstance(p, lora.Linear):
@@ -251,7 +260,8 @@ def test_bf16_base_under_autocast(base):
     for dtype, cast in (("fp32", False), ("bf16", True)):
         torch.manual_seed(0)
         model = Model.from_pretrained(base, "lora", dtype=dtype)
-        assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16 if cast else torch.float32}
+        assert ({p.dtype for p in model.parameters() if not p.requires_grad}
+                == {torch.bfloat16 if cast else torch.float32})
         with torch.autocast("cpu", torch.bfloat16, cast):
             loss = model(x, y)
         loss.backward()
@@ -275,7 +285,7 @@ def test_recorded_losses(method):
 
 
 def test_alone_gives_the_same_losses(base):
-    """The definitions in the file and the operations in kernels/ are the same maths; fallback scales of NF4 are not rounded twice."""
+    """The file's definitions and the operations in kernels/ are the same maths; fallback scales of NF4 round once."""
     alone = house.alone("lora_finetune.py")
     x, y = tokens(), tokens().roll(-1, 1)
     for method, limit in (("lora", 1e-5), ("qlora", 2e-2)):
@@ -286,27 +296,35 @@ def test_alone_gives_the_same_losses(base):
         for m in (a, b):
             m(x, y).backward()
         assert abs(a(x, y).item() - b(x, y).item()) < limit
-        assert all(error(q.grad, p.grad) < limit for p, q in zip(a.parameters(), b.parameters()) if p.grad is not None and p.grad.norm() > 0)
+        assert all(error(q.grad, p.grad) < limit for p, q in zip(a.parameters(), b.parameters())
+                   if p.grad is not None and p.grad.norm() > 0)
 
 
 # ---------------------------------------------------------------- conversations
-CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nBe good.<|im_end|>\n' }}{% endif %}"
+CHATML = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+          "{{ '<|im_start|>system\nBe good.<|im_end|>\n' }}{% endif %}"
           "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")  # fmt: skip
 TEMPLATES = {
     "chatml": CHATML,
     "zephyr": "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
               "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
-    "llama2": "{% if messages[0]['role'] == 'system' %}{% set s = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set ms = messages[1:] %}"
-              "{% else %}{% set s = '' %}{% set ms = messages %}{% endif %}{% for m in ms %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-              "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + (s if loop.first else '') "
-              "+ m['content'].strip() + ' [/INST]' }}{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
-    "llama3": "{%- if not tools is defined %}{%- set tools = none %}{%- endif %}{{- bos_token }}{%- if tools is not none %}{{- raise_exception('no') }}{%- endif %}"
-              "{% for message in messages %}{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
-              "{% endfor %}{% if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    "llama2": "{% if messages[0]['role'] == 'system' %}"
+              "{% set s = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set ms = messages[1:] %}"
+              "{% else %}{% set s = '' %}{% set ms = messages %}{% endif %}"
+              "{% for m in ms %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+              "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}"
+              "{{ bos_token + '[INST] ' + (s if loop.first else '') + m['content'].strip() + ' [/INST]' }}"
+              "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "llama3": "{%- if not tools is defined %}{%- set tools = none %}{%- endif %}{{- bos_token }}"
+              "{%- if tools is not none %}{{- raise_exception('no') }}{%- endif %}{% for message in messages %}"
+              "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+              " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+              "{% if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
 }  # fmt: skip
-TALK = [dict(role="system", content="Be brief."), dict(role="user", content="2 + 2?"), dict(role="assistant", content="4"),
-        dict(role="user", content="And 3 + 3?"), dict(role="assistant", content="It is 6.")]  # fmt: skip
+TALK = [dict(role="system", content="Be brief."), dict(role="user", content="2 + 2?"),
+        dict(role="assistant", content="4"), dict(role="user", content="And 3 + 3?"),
+        dict(role="assistant", content="It is 6.")]  # fmt: skip
 
 
 @pytest.fixture
@@ -324,7 +342,8 @@ def hf(tmp_path):
     def make(template="", folder=tmp_path / "tok"):
         folder.mkdir(exist_ok=True)
         t.save(str(folder / "tokenizer.json"))
-        config = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>") | (dict(chat_template=template) if template else {})
+        config = (dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>")
+                  | (dict(chat_template=template) if template else {}))
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         return folder
 
@@ -333,7 +352,7 @@ def hf(tmp_path):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_chat_templates(hf, name):
-    """Turn by turn: the text is what transformers renders, and exactly the assistant's words with their end are answers."""
+    """Turn by turn: the text is what transformers renders; the assistant's words with their end alone are answers."""
     from transformers import AutoTokenizer
 
     folder = hf(TEMPLATES[name])
@@ -347,25 +366,30 @@ def test_chat_templates(hf, name):
             assert (t["content"] in said) == (t["role"] == "assistant")
         question, none = prompts.encode(talk[:-1])
         assert question.tolist() == theirs.apply_chat_template(talk[:-1], add_generation_prompt=True, return_dict=False)
-        assert none[-1] == 0 and ids[: len(question)].tolist() == question.tolist(), "training sees the question as a user puts it"
+        assert none[-1] == 0 and ids[: len(question)].tolist() == question.tolist(), (
+            "training sees the question as a user puts it")
 
 
 def test_alpaca_prompts(hf):
     """The text of Stanford's prompts, by its hash; bos first; the answer and its end token alone are in the loss."""
     prompts = Prompts(lora.Tokenizer(str(hf() / "tokenizer.json")), "")
     assert prompts.how == "alpaca"
-    for given, digest in (("{input}", "28811e9850d9511bab334d167a03a8a37614535fdb28d645492efac8e9951c0f"), ("", "35101bc36d10997c7d926d8f21f7d173aec6523f3a57d78821b944a89925cdca")):
+    for given, digest in (("{input}", "28811e9850d9511bab334d167a03a8a37614535fdb28d645492efac8e9951c0f"),
+                          ("", "35101bc36d10997c7d926d8f21f7d173aec6523f3a57d78821b944a89925cdca")):
         turns = lora.conversation(dict(instruction="{instruction}", input=given, output="Yes."), "row")
         (text, *_), _ = prompts.pieces(turns)
         assert hashlib.sha256(text.encode()).hexdigest() == digest
         ids, answer = prompts.encode(turns)
-        assert ids[0] == 256 and prompts.tok.decode(ids[answer][:-1].tolist()) == "Yes." and ids[answer][-1] == 257 and answer.sum() == 5
+        assert (ids[0] == 256 and prompts.tok.decode(ids[answer][:-1].tolist()) == "Yes."
+                and ids[answer][-1] == 257 and answer.sum() == 5)
 
 
 @pytest.mark.parametrize("row, want", [
     (dict(instruction="a", output="b"), [("user", "a"), ("assistant", "b")]),
-    (dict(messages=[dict(role="user", content="a"), dict(role="assistant", content="b"), dict(role="user", content="c")]), [("user", "a"), ("assistant", "b")]),
-    (dict(conversations=[{"from": "gpt", "value": "x"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]), [("user", "a"), ("assistant", "b")]),
+    (dict(messages=[dict(role="user", content="a"), dict(role="assistant", content="b"),
+                    dict(role="user", content="c")]), [("user", "a"), ("assistant", "b")]),
+    (dict(conversations=[{"from": "gpt", "value": "x"}, {"from": "human", "value": "a"},
+                         {"from": "gpt", "value": "b"}]), [("user", "a"), ("assistant", "b")]),
     (dict(text="t"), [("assistant", "t")]),
 ])  # fmt: skip
 def test_rows(row, want):
@@ -379,7 +403,7 @@ def examples(pairs, seq=32):
 
 
 def test_packing(base):
-    """Examples that share a row see nothing of each other: the loss is that of each one alone, weighted by its answers."""
+    """Examples that share a row see nothing of each other: the loss is each one's alone, weighted by its answers."""
     pairs = [([3, 4, 5], [6, 7]), ([8, 9], [10, 11, 12, 13]), ([14] * 5, [15, 16])]
     rows = examples(pairs)
     assert len(rows.x) == 1 and rows.tokens == 8 and sorted(set(rows.x[0, 1])) == [-1, 0, 1, 2]
@@ -401,7 +425,7 @@ def test_packing(base):
 
 
 def test_rows_of_one_example(base, capsys):
-    """Where no row is shared there is no mask, what fills a row up is not in the loss, and one whose question is too long is left out."""
+    """No shared row, no mask; what fills a row up is not in the loss; one whose question is too long is left out."""
     rows = examples([([3] * 20, [6] * 9), ([8] * 25, [10, 11]), ([1] * 40, [5])])
     assert "1 of 3 examples" in capsys.readouterr().out and len(rows.x) == 2
     x, y = rows.windows(np.array([0, 1]))
@@ -411,7 +435,8 @@ def test_rows_of_one_example(base, capsys):
 
 
 # ---------------------------------------------------------------- as a program
-ROWS = [dict(instruction=f"What is {a} plus {b}?", input="", output=f"It is {a + b}.") for a in range(12) for b in range(8)]
+ROWS = [dict(instruction=f"What is {a} plus {b}?", input="", output=f"It is {a + b}.")
+        for a in range(12) for b in range(8)]
 RUN = ["--seq", "96", "--batch", "2", "--eval-iters", "2", "--tokens", "20", "--dtype", "fp32", "--warmup", "2"]
 
 
@@ -420,7 +445,8 @@ def made(tmp_path_factory):
     """A base of bytes as the file itself saves one, and instructions."""
     folder = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
-    Model(Config(method="full", layers=2, heads=2, kv_heads=1, dim=32, ffn=64, vocab=256, positions=128)).save_pretrained(folder / "base")
+    Model(Config(method="full", layers=2, heads=2, kv_heads=1, dim=32, ffn=64, vocab=256,
+                 positions=128)).save_pretrained(folder / "base")
     (folder / "base" / "tok.json").write_text(json.dumps(dict(tok="byte", chars="")))
     (folder / "rows.json").write_text(json.dumps(ROWS))
     return folder
@@ -447,8 +473,9 @@ def run(capsys, monkeypatch):
 
 
 def test_trains_resumes_answers_and_merges(tmp_path, made, run):
-    """A run that dies and is resumed equals the other bit for bit; only the adapter is saved; the merged folder answers the same."""
-    args = ["--init", made / "base", "--data", made / "rows.json", *RUN, "--lr", "3e-2", "--dropout", "0.1", "--steps", "30", "--eval-every", "10", "--log-every", "1"]
+    """A run that died and resumed equals the other to the bit; only the adapter is saved; merged it answers alike."""
+    args = ["--init", made / "base", "--data", made / "rows.json", *RUN, "--lr", "3e-2", "--dropout", "0.1",
+            "--steps", "30", "--eval-every", "10", "--log-every", "1"]
     one, two = tmp_path / "one", tmp_path / "two"
     assert "frozen; 8,192 are trained (lora, rank 8)" in run(*args, "--out", one)
     with pytest.raises(KeyboardInterrupt):
@@ -457,9 +484,11 @@ def test_trains_resumes_answers_and_merges(tmp_path, made, run):
     a, b = losses(one), losses(two)
     assert float(a[30][1]) < float(a[1][0]) - 0.2
     assert {s: a[s] for s in range(21, 31)} == {s: b[s] for s in range(21, 31)}
-    assert {f.name for f in one.iterdir()} == {"adapter_model.safetensors", "adapter_config.json", "tok.json", "train_state.pt", "log.csv"}
+    assert {f.name for f in one.iterdir()} == {
+        "adapter_model.safetensors", "adapter_config.json", "tok.json", "train_state.pt", "log.csv"}
     assert (one / "adapter_model.safetensors").stat().st_size < 60_000
-    assert all(torch.equal(v, load_file(two / "adapter_model.safetensors")[k]) for k, v in load_file(one / "adapter_model.safetensors").items())
+    assert all(torch.equal(v, load_file(two / "adapter_model.safetensors")[k])
+               for k, v in load_file(one / "adapter_model.safetensors").items())
     said = run("--sample", "What is 3 plus 4?", "--out", one, "--tokens", "12")
     assert said.startswith("What is 3 plus 4?\n")
     run("--merge", tmp_path / "merged", "--out", one)
@@ -482,7 +511,8 @@ def test_merge_keeps_the_dtype_and_the_tokenizer(tmp_path, base, hf):
     assert a.keys() == b.keys() and all(v.dtype == torch.bfloat16 for v in b.values())
     changed = {k for k in a if not torch.equal(a[k], b[k])}
     assert changed == {k for k in a if "q_proj" in k or "up_proj" in k}
-    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {f.name for f in (tmp_path / "m").iterdir()}
+    assert ({"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+            <= {f.name for f in (tmp_path / "m").iterdir()})
     assert json.loads((tmp_path / "m" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     x = tokens()
     assert error(oracle(tmp_path / "m")(x).logits, adapter(x)) < 1e-2  # bf16 weights on one side
@@ -492,7 +522,8 @@ def test_two_processes_equal_one(tmp_path, made, run):
     """Same global batch, of rows with different numbers of answers: losses over 6 steps within 1e-5."""
     rows = [dict(instruction="Count.", output="1, 2, 3, 4, 5, 6, 7, 8"[: 1 + 3 * (i % 8)]) for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    args = ["--init", made / "base", "--data", tmp_path / "rows.jsonl", *RUN, "--seq", "40", "--lr", "1e-2", "--steps", "6", "--eval-every", "6", "--log-every", "1"]
+    args = ["--init", made / "base", "--data", tmp_path / "rows.jsonl", *RUN, "--seq", "40", "--lr", "1e-2",
+            "--steps", "6", "--eval-every", "6", "--log-every", "1"]
     run(*args, "--out", tmp_path / "one")
     finish(start([str(a) for a in [*args, "--out", tmp_path / "two"]], "lora_finetune.py", torchrun=2))
     a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
@@ -502,18 +533,21 @@ def test_two_processes_equal_one(tmp_path, made, run):
 def test_alone(tmp_path, made):
     """Copied into an empty folder: QLoRA trains there too, in plain PyTorch."""
     shutil.copy(ROOT / "lora_finetune.py", tmp_path)
-    args = ["--init", made / "base", "--data", made / "rows.json", *RUN, "--method", "qlora", "--steps", "3", "--out", "o"]
+    args = ["--init", made / "base", "--data", made / "rows.json", *RUN, "--method", "qlora", "--steps", "3",
+            "--out", "o"]
     out = finish(start([str(a) for a in args], "lora_finetune.py", cwd=tmp_path))
     assert "plain PyTorch" in out and "final val loss" in out
 
 
 def test_without_a_base(tmp_path, run, monkeypatch):
-    """No --init: a tiny base is trained first, here a smaller one still, then adapted, and it says so and how to name a real one."""
+    """No --init: a tiny base, here smaller still, is trained, then adapted; it says so and how to name a real one."""
     small = dict(steps=2, layers=1, dim=32, ffn=32, heads=2, batch=1, eval_iters=1)
     monkeypatch.setitem(lora.PRESETS, "base", lora.PRESETS["base"] | small)
-    args = ["--preset", "cpu", "--seq", "64", "--batch", "1", "--steps", "2", "--eval-iters", "1", "--tokens", "5", "--out", tmp_path / "o"]
+    args = ["--preset", "cpu", "--seq", "64", "--batch", "1", "--steps", "2", "--eval-iters", "1", "--tokens", "5",
+            "--out", tmp_path / "o"]
     out = run(*args)
-    assert "training a tiny base first" in out and "would name a real one" in out and "now --method lora adapts it" in out and "final val loss" in out
+    assert ("training a tiny base first" in out and "would name a real one" in out
+            and "now --method lora adapts it" in out and "final val loss" in out)
     assert "training a tiny base" not in run(*args), "the second time it is there"
 
 
@@ -545,19 +579,23 @@ def test_a_missing_shard(tmp_path, capsys):
     oracle().save_pretrained(tmp_path, max_shard_size="20KB")
     gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
     gone.unlink()
-    assert f"{gone.name}: not found; the index names it: a shard is missing" in refused(capsys, lambda: Model.from_pretrained(tmp_path))
+    assert f"{gone.name}: not found; the index names it: a shard is missing" in refused(
+        capsys, lambda: Model.from_pretrained(tmp_path))
 
 
 def test_adapters_that_are_refused(base, tmp_path, capsys):
     """Another base's adapter, by shape and by name; a tensor too few; DoRA; no base named; damaged."""
     Model.from_pretrained(base, "lora").save_adapter(tmp_path / "a")
-    file, config = tmp_path / "a" / "adapter_model.safetensors", json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    file, config = (tmp_path / "a" / "adapter_model.safetensors",
+                    json.loads((tmp_path / "a" / "adapter_config.json").read_text()))
     good = load_file(file)
     first = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     cases = [
-        (good | {first: torch.ones(8, 31)}, config, "up_proj.lora_A.weight is (8, 31), but the base asks for (8, 32): an adapter of another base"),
+        (good | {first: torch.ones(8, 31)}, config,
+         "up_proj.lora_A.weight is (8, 31), but the base asks for (8, 32): an adapter of another base"),
         ({k.replace("layers.1.", "layers.7."): v for k, v in good.items()}, config, "unknown tensor model.layers.7."),
-        ({k: v for k, v in good.items() if k != first.replace("_A", "_B")}, config, "no tensor model.layers.0.mlp.up_proj.lora_B.weight"),
+        ({k: v for k, v in good.items() if k != first.replace("_A", "_B")}, config,
+         "no tensor model.layers.0.mlp.up_proj.lora_B.weight"),
         (good, config | dict(use_dora=True), "use_dora"),
         (good, config | dict(peft_type="IA3"), "IA3"),
         (good, config | dict(base_model_name_or_path=None), "does not name its base"),
@@ -572,7 +610,8 @@ def test_adapters_that_are_refused(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, said", [
-    ('{"instruction": "a", "output": "b"}\n\n{"instruction": "c"}\n', 'line 3: a row has instruction and output, or messages'),
+    ('{"instruction": "a", "output": "b"}\n\n{"instruction": "c"}\n',
+     'line 3: a row has instruction and output, or messages'),
     ('{"instruction": "a", "output": "b"}\n{"instruction": "a", "output": ""}\n', "line 2: there is no answer"),
     ('{"instruction": "a", "output": "b"}\n{}\n', "line 2: a row has"),
     ('{"instruction": "a", "output": "b"}\n{"instruction": "a", "output"\n', "line 2: no JSON"),
@@ -609,7 +648,8 @@ def test_flags_that_are_refused(made, tmp_path, capsys, flags, said):
 
 def test_merging_prompts_is_refused(base, tmp_path, capsys):
     Model.from_pretrained(base, "adapter").save_adapter(tmp_path / "a")
-    assert "no part of any weight" in refused(capsys, lambda: lora.main(["--init", str(tmp_path / "a"), "--merge", str(tmp_path / "m")]))
+    assert "no part of any weight" in refused(
+        capsys, lambda: lora.main(["--init", str(tmp_path / "a"), "--merge", str(tmp_path / "m")]))
     assert "is an adapter" in refused(capsys, lambda: lora.main(["--init", str(tmp_path / "a"), "--method", "full"]))
 
 

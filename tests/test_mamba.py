@@ -1,4 +1,4 @@
-"""mamba.py against transformers' Mamba and Mamba2, against itself in every form, and what is its own on the command line."""
+"""mamba.py against transformers' Mamba and Mamba2, itself in every form, and what is its own on the command line."""
 
 import json
 
@@ -70,8 +70,8 @@ def test_reads_the_original_form(tmp_path, version):
     ours = randomised(Model(Config(**TINY[version] | dict(vocab=45, vocab_multiple=8))))
     theirs = {k.replace("embeddings.", "embedding."): v.half() for k, v in ours.state_dict().items()}
     ssm = {} if version == 1 else dict(layer="Mamba2", headdim=4, ngroups=2)
-    config = dict(d_model=16, n_layer=2, vocab_size=45, ssm_cfg=dict(ssm, d_state=TINY[version]["state"]), rms_norm=True, residual_in_fp32=True,
-                  fused_add_norm=True, pad_vocab_size_multiple=8)  # fmt: skip
+    config = dict(d_model=16, n_layer=2, vocab_size=45, ssm_cfg=dict(ssm, d_state=TINY[version]["state"]),
+                  rms_norm=True, residual_in_fp32=True, fused_add_norm=True, pad_vocab_size_multiple=8)  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     for head in ({}, {"lm_head.weight": theirs["backbone.embedding.weight"]}):
         torch.save(theirs | head, tmp_path / "pytorch_model.bin")
@@ -93,7 +93,8 @@ def test_strict(tmp_path, capsys):
         (good, config | {"use_bias": True}, "use_bias = True"),
         (good, config | {"time_step_limit": [0.0, 0.1]}, "time_step_limit"),
         (good, config | {"model_type": "llama"}, "another value than a Mamba's"),
-        (good, dict(d_model=16, n_layer=2, vocab_size=50, ssm_cfg=dict(layer="Mamba2"), attn_layer_idx=[1]), "attn_layer_idx"),
+        (good, dict(d_model=16, n_layer=2, vocab_size=50, ssm_cfg=dict(layer="Mamba2"), attn_layer_idx=[1]),
+         "attn_layer_idx"),
     ]
     for tensors, c, said in cases:
         save_file(tensors, file)
@@ -125,7 +126,8 @@ def operands(version, T, dtype=torch.float32):
         x, s, A, D, B, C = normal(2, T, E), normal(2, E, N), normal(E, N), normal(E), normal(2, T, N), normal(2, T, N)
     else:
         H, P, N, G = 4, 3, 5, 2
-        x, s, A, D, B, C = normal(2, T, H, P), normal(2, H, P, N), normal(H), normal(H), normal(2, T, G, N), normal(2, T, G, N)
+        x, s, A, D, B, C = (normal(2, T, H, P), normal(2, H, P, N), normal(H), normal(H),
+                            normal(2, T, G, N), normal(2, T, G, N))
     dt = F.softplus(2 * normal(*x.shape[:3]) - 1)
     return [u.requires_grad_() for u in (x, dt, -torch.exp(A), B, C, D, s)]
 
@@ -137,7 +139,8 @@ def forms(version, file=mamba):
     inverse = lambda dt: dt + torch.log(-torch.expm1(-dt))  # of the softplus
 
     def scan(x, dt, A, B, C, D, s):
-        return file.selective_scan(x, inverse(dt), A, B, C, D, z=torch.full_like(x, 1.2784645), dt_bias=torch.zeros_like(D), initial=s)  # silu(z) = 1
+        return file.selective_scan(x, inverse(dt), A, B, C, D, z=torch.full_like(x, 1.2784645),  # silu(z) = 1
+                                   dt_bias=torch.zeros_like(D), initial=s)
 
     return scan
 
@@ -152,7 +155,8 @@ def test_the_fast_form_equals_the_recurrence(version, T):
 
     def results(f, args):
         y, s = f(*args)
-        return [y, s, *torch.autograd.grad((y * torch.sin(torch.arange(y.numel()).view_as(y))).sum() + (s * s).sum(), args)]
+        return [y, s, *torch.autograd.grad(
+            (y * torch.sin(torch.arange(y.numel()).view_as(y))).sum() + (s * s).sum(), args)]
 
     want = results(recurrence, exact)
     for f in (recurrence, forms(version), forms(version, house.alone("mamba.py"))):
@@ -165,7 +169,7 @@ def test_the_fast_form_equals_the_recurrence(version, T):
 
 @both
 def test_step_equals_forward(version):
-    """Prefill of any length, then one token at a time, then several: the same logits as one forward, and a state of one size."""
+    """Prefill of any length, then one token at a time, then several: one forward's logits, and a state of one size."""
     model = randomised(Model(Config(**TINY[version]))).eval()
     x = tokens(T=70)
     whole = model(x)
@@ -222,13 +226,16 @@ def test_checkpointing_changes_nothing(version):
 def test_official_sizes():
     """Parameters of the released models; the vocabulary is padded to 50,280 and 50,288 rows."""
     sizes = {
-        1: {"130M": 129_135_360, "370M": 371_516_416, "790M": 793_204_224, "1.4B": 1_372_178_432, "2.8B": 2_768_345_600},
-        2: {"130M": 128_989_632, "370M": 368_346_624, "790M": 780_161_280, "1.4B": 1_343_757_312, "2.8B": 2_702_599_680},
+        1: {"130M": 129_135_360, "370M": 371_516_416, "790M": 793_204_224, "1.4B": 1_372_178_432,
+            "2.8B": 2_768_345_600},
+        2: {"130M": 128_989_632, "370M": 368_346_624, "790M": 780_161_280, "1.4B": 1_343_757_312,
+            "2.8B": 2_702_599_680},
     }
     with torch.device("meta"):
         for version, of in sizes.items():
             for name, n in of.items():
-                assert sum(p.numel() for p in Model(Config(**mamba.PRESETS[name] | dict(version=version))).parameters()) == n, (version, name)
+                assert sum(p.numel() for p in Model(
+                    Config(**mamba.PRESETS[name] | dict(version=version))).parameters()) == n, (version, name)
 
 
 @both
@@ -243,7 +250,8 @@ def test_initial_values_and_groups(version):
     for name, bound in (("in_proj.weight", C**-0.5), ("out_proj.weight", E**-0.5 / 2), ("conv1d.weight", 4**-0.5)):
         assert abs(mixer[name].abs().max() / bound - 1) < 0.01 and abs(uniform(mixer[name]) - 1) < 0.05, name
     dt = F.softplus(mixer["dt_proj.bias" if version == 1 else "dt_bias"])
-    assert 0.001 < dt.min() < 0.0015 and 0.08 < dt.max() < 0.1 and abs(dt.log().mean() - 0.5 * (torch.tensor(1e-4)).log()) < 0.3
+    assert (0.001 < dt.min() < 0.0015 and 0.08 < dt.max() < 0.1
+            and abs(dt.log().mean() - 0.5 * (torch.tensor(1e-4)).log()) < 0.3)
     if version == 1:
         assert abs(mixer["dt_proj.weight"].abs().max() * 4 - 1) < 0.01
         assert torch.equal(mixer["A_log"].exp().round(), torch.arange(1.0, 5).repeat(E, 1))
@@ -251,8 +259,10 @@ def test_initial_values_and_groups(version):
         assert 1 < mixer["A_log"].exp().min() < 2 and 15 < mixer["A_log"].exp().max() < 16
     decay = {id(q) for g in model.param_groups(0.1) if g["weight_decay"] for q in g["params"]}
     kept = sorted({k.split(".")[-2] + "." + k.split(".")[-1] for k, q in p.items() if id(q) not in decay})
-    assert kept == sorted({k.split(".")[-2] + "." + k.split(".")[-1] for k, q in p.items() if q.ndim == 1 or k.endswith("A_log")})
-    muon = [k for k, q in p.items() if any(q is r for g in model.param_groups(0.1) if g.get("matrix") for r in g["params"])]
+    assert kept == sorted({k.split(".")[-2] + "." + k.split(".")[-1]
+                           for k, q in p.items() if q.ndim == 1 or k.endswith("A_log")})
+    muon = [k for k, q in p.items()
+            if any(q is r for g in model.param_groups(0.1) if g.get("matrix") for r in g["params"])]
     assert all("_proj.weight" in k for k in muon) and len(muon) == 4 * (4 if version == 1 else 2)
 
 

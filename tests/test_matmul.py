@@ -66,7 +66,7 @@ def test_ref_is_torch():
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_few_rows(n):
-    """Generation's products are oneDNN's, with and without a bias, for either layout of the weight; the sums are F.linear's up to rounding."""
+    """Generation's products are oneDNN's, with or without bias, either layout of the weight; F.linear's to rounding."""
     x, w, b = torch.randn(n, 1, 384), torch.randn(200, 384), torch.randn(200)
     for weight in (w, w.t().contiguous().t()):
         for bias in (None, b):
@@ -79,7 +79,7 @@ def test_few_rows(n):
 
 @pytest.mark.parametrize("trained", ["x", "w", "b", "xw", "xwb"])
 def test_onednn(trained, monkeypatch):
-    """Where MKL is slow: oneDNN's products forward and for x, F.linear's results and gradients up to rounding, laid out as F.linear's."""
+    """Where MKL is slow: oneDNN's products forward and for x; F.linear's results, gradients (to rounding), layout."""
     x, w, b, dy = torch.randn(3, 50, 96), torch.randn(70, 96), torch.randn(70), torch.randn(3, 50, 70)
     for weight in (w, w.t().contiguous().t()):
         leaves = dict(x=x.clone(), w=weight.detach(), b=b.clone() if "b" in trained else None)

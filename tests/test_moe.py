@@ -1,5 +1,5 @@
-"""moe.py against transformers' Mixtral and Llama, against Grok-1 written out, against itself, and as a program. What every language
-model file does as a program is in test_house.py."""
+"""moe.py against transformers' Mixtral and Llama, against Grok-1 written out, against itself, and as a program. What
+every language model file does as a program is in test_house.py."""
 
 import json
 import math
@@ -16,7 +16,8 @@ import moe
 from moe import Config, Model
 
 TINY = dict(layers=2, heads=4, kv_heads=2, dim=16, ffn_dim=24, experts=4, vocab=50, seq=32)
-GROK = dict(renorm=False, act="gelu", softcap=1.5, sandwich=True, embed_mult=4.0, logit_mult=0.577, theta=1e4, tied=True)
+GROK = dict(renorm=False, act="gelu", softcap=1.5, sandwich=True, embed_mult=4.0, logit_mult=0.577, theta=1e4,
+            tied=True)
 
 
 def oracle(folder=None, std=0.3):
@@ -24,8 +25,9 @@ def oracle(folder=None, std=0.3):
 
     if folder:
         return MixtralForCausalLM.from_pretrained(folder).eval()
-    c = MixtralConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                      num_local_experts=4, max_position_embeddings=32, router_aux_loss_coef=0.02, bos_token_id=None, eos_token_id=None)  # fmt: skip
+    c = MixtralConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                      num_key_value_heads=2, num_local_experts=4, max_position_embeddings=32,
+                      router_aux_loss_coef=0.02, bos_token_id=None, eos_token_id=None)  # fmt: skip
     return randomised(MixtralForCausalLM(c), std).eval()
 
 
@@ -33,8 +35,9 @@ def llama(folder, seed=0):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    c = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                    max_position_embeddings=32, initializer_range=0.3, bos_token_id=None, eos_token_id=None)  # fmt: skip
+    c = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.3,
+                    bos_token_id=None, eos_token_id=None)  # fmt: skip
     model = LlamaForCausalLM(c).eval()
     model.save_pretrained(folder)
     (Path(folder) / "tok.json").write_text(json.dumps(dict(tok="char", chars="".join(chr(48 + i) for i in range(50)))))
@@ -44,8 +47,8 @@ def llama(folder, seed=0):
 # ---------------------------------------------------------------- Mixtral
 @pytest.mark.parametrize("layout", ["saved", "fused"])
 def test_equals_transformers(tmp_path, layout):
-    """Logits, loss with the balancing loss, every gradient; for the folder that transformers saves, expert by expert, and for one with
-    the fused tensors that it holds in memory. fp32, relative error."""
+    """Logits, loss with the balancing loss, every gradient; for the folder that transformers saves, expert by expert,
+    and for one with the fused tensors that it holds in memory. fp32, relative error."""
     theirs = oracle()
     theirs.save_pretrained(tmp_path)
     if layout == "fused":
@@ -113,7 +116,7 @@ def test_strict(tmp_path, capsys):
 
 # ---------------------------------------------------------------- Grok-1
 def grok_ref(w, x, H=4, Hk=2, K=2, mult=4.0, out=0.577, cap=1.5, eps=1e-5):
-    """Grok-1 as xAI's model.py computes it, token by token, from tensors by the names of its Hugging Face port. x (B, T)."""
+    """Grok-1 as xAI's model.py computes it, token by token, by its Hugging Face port's names of tensors. x (B, T)."""
 
     def rms(x, scale):
         return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * scale
@@ -133,7 +136,8 @@ def grok_ref(w, x, H=4, Hk=2, K=2, mult=4.0, out=0.577, cap=1.5, eps=1e-5):
         q, k = rope(q), rope(k)
         a = torch.zeros(B, T, H, C // H)
         for head in range(H):
-            s = cap * torch.tanh(torch.einsum("btd,bsd->bts", q[:, :, head], k[:, :, head // (H // Hk)]) * (C // H) ** -0.5 / cap)
+            s = cap * torch.tanh(
+                torch.einsum("btd,bsd->bts", q[:, :, head], k[:, :, head // (H // Hk)]) * (C // H) ** -0.5 / cap)
             s = torch.where(torch.ones(T, T).tril().bool(), s, -1e30)
             a[:, :, head] = s.softmax(-1) @ v[:, :, head // (H // Hk)]
         h = h + rms(a.reshape(B, T, C) @ g["attn.o_proj.weight"].t(), g["post_attn_norm.scale"])
@@ -149,7 +153,7 @@ def grok_ref(w, x, H=4, Hk=2, K=2, mult=4.0, out=0.577, cap=1.5, eps=1e-5):
 
 
 def test_equals_grok(tmp_path):
-    """A folder as the Hugging Face port has it: loaded, and saved with the same names; also with the names of another port."""
+    """A folder as the Hugging Face port has it: loaded, saved with the same names; also with another port's names."""
     ours = randomised(Model(Config(**TINY | GROK))).eval()
     ours.save_pretrained(tmp_path)
     saved, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
@@ -161,11 +165,12 @@ def test_equals_grok(tmp_path):
     config["num_experts"] = config.pop("num_local_experts")
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert error(Model.from_pretrained(tmp_path)(x), ours(x)) < 1e-6
-    other = [(".attn.", ".self_attn."), (".moe_block.", ".block_sparse_moe."), (".linear.", ".w1."), (".linear_v.", ".w3."), (".linear_1.", ".w2."), (".scale", ".weight")]
+    other = [(".attn.", ".self_attn."), (".moe_block.", ".block_sparse_moe."), (".linear.", ".w1."),
+             (".linear_v.", ".w3."), (".linear_1.", ".w2."), (".scale", ".weight")]
     for a, b in other:
         saved = {k.replace(a, b): v for k, v in saved.items()}
     save_file(saved, tmp_path / "model.safetensors")
-    with pytest.raises(SystemExit):  # its post_attn_norm.weight and model.norm.weight are ours too, so nothing is left over
+    with pytest.raises(SystemExit):  # its post_attn_norm.weight and model.norm.weight are ours too: nothing is left
         save_file(saved | {"model.layers.0.post_mlp_norm.weight": torch.ones(16)}, tmp_path / "model.safetensors")
         Model.from_pretrained(tmp_path)
     save_file(saved, tmp_path / "model.safetensors")
@@ -176,8 +181,9 @@ def test_equals_xai(tmp_path):
     """The logits of xAI's own model.py, recorded by grok1.py, to the five places that it kept."""
     import grok1
 
-    config = dict(model_type="grok-1", num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=32, intermediate_size=48,
-                  num_experts=8, num_experts_per_tok=2, vocab_size=29, max_position_embeddings=32, rms_norm_eps=1e-5, max_attn_value=30.0,
+    config = dict(model_type="grok-1", num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                  hidden_size=32, intermediate_size=48, num_experts=8, num_experts_per_tok=2, vocab_size=29,
+                  max_position_embeddings=32, rms_norm_eps=1e-5, max_attn_value=30.0,
                   embedding_multiplier_scale=32**0.5, output_multiplier_scale=0.5773502691896257)  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({k: torch.from_numpy(v) for k, v in grok1.weights().items()}, tmp_path / "model.safetensors")
@@ -196,7 +202,7 @@ def test_official_sizes():
 
 # ---------------------------------------------------------------- the mixture
 def test_mixture():
-    """Equal experts are a dense MLP; experts may change places with their router rows; K = E is a softmax mixture of all."""
+    """Equal experts are a dense MLP; experts may swap places, router rows too; K = E is a softmax mixture of all."""
     x = tokens()
     model = randomised(Model(Config(**TINY))).eval()
     want = model(x)
@@ -238,7 +244,8 @@ def test_balance():
             block.mlp.experts.down_proj.zero_()
             w[2] = 100 * model.model.embed_tokens.weight[0] / model.model.embed_tokens.weight[0].norm()
         model(x, x)
-    assert abs(model.log[3] - 4) < 1e-4 and "load 0.0% to 100.0%" in model.report() and "balance 4.000" in model.report()
+    assert (abs(model.log[3] - 4) < 1e-4 and "load 0.0% to 100.0%" in model.report()
+            and "balance 4.000" in model.report())
 
 
 def test_capacity():
@@ -258,7 +265,7 @@ def test_capacity():
 
 
 def test_bias_balances(tmp_path):
-    """Without a balancing loss the bias alone evens the loads out; it is saved; and with --ckpt gradients are the same."""
+    """Without a balancing loss the bias alone evens the loads out; it is saved; with --ckpt gradients are the same."""
     model = Model(Config(**TINY, bias_rate=0.04, aux=0.0, z=0.0))
     x, found = tokens(B=4, T=32), []
     with torch.no_grad():
@@ -283,7 +290,7 @@ def test_bias_balances(tmp_path):
 
 @pytest.mark.parametrize("more", [{}, GROK], ids=["mixtral", "grok"])
 def test_step_equals_forward(more):
-    """Prefill of any length, then one token at a time, then several: the same logits as one forward; the cache grows on the way."""
+    """Prefill of any length, then token by token, then several: one forward's logits; the cache grows on the way."""
     model = randomised(Model(Config(**TINY | more | dict(positions=80, seq=80)))).eval()
     x = tokens(T=80)
     whole = model(x)
@@ -307,7 +314,8 @@ def test_checkpointing_and_groups():
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*found))
     inner, outer, rest = model.param_groups(0.1)
-    assert inner["matrix"] and len(inner["params"]) == 2 * 6 and len(outer["params"]) == 2 + 2 and len(rest["params"]) == 2 * 2 + 1
+    assert (inner["matrix"] and len(inner["params"]) == 2 * 6
+            and len(outer["params"]) == 2 + 2 and len(rest["params"]) == 2 * 2 + 1)
 
 
 def test_alone_gives_the_same_losses():
@@ -341,8 +349,8 @@ def test_upcycle(tmp_path):
 
 
 def test_merge(tmp_path):
-    """Attention of the first, an expert from each; a router row is the mean of what transformers says enters the layer at the last
-    token of a prompt, less the same for the ! prompts, at length 1."""
+    """Attention of the first, an expert from each; a router row is the mean of what transformers says enters the layer
+    at the last token of a prompt, less the same for the ! prompts, at length 1."""
     names = [str(tmp_path / n) for n in "ab"]
     a, b = (llama(n, seed) for seed, n in enumerate(names))
     prompts = tmp_path / "prompts.txt"
@@ -365,7 +373,8 @@ def test_merge(tmp_path):
 
 
 # ---------------------------------------------------------------- as a program
-RUN = "--layers 2 --heads 2 --dim 16 --ffn-dim 32 --experts 4 --seq 32 --batch 4 --eval-iters 2 --tokens 5 --eval-every 4 --optim adamw --lr 1e-3 --dtype fp32".split()
+RUN = ("--layers 2 --heads 2 --dim 16 --ffn-dim 32 --experts 4 --seq 32 --batch 4 --eval-iters 2 --tokens 5 "
+       "--eval-every 4 --optim adamw --lr 1e-3 --dtype fp32").split()
 
 
 def test_from_dense_to_routing(tmp_path, text, capsys):
@@ -374,7 +383,8 @@ def test_from_dense_to_routing(tmp_path, text, capsys):
     for seed in ("1", "2"):
         run("--experts", "1", "--top-k-experts", "1", "--steps", "8", "--seed", seed, "--out", f"{d}/dense{seed}")
     dense = house.losses(f"{d}/dense1")
-    run("--upcycle", f"{d}/dense1", "--steps", "4", "--warmup", "4", "--out", f"{d}/up", "--log-every", "1", "--aux", "0", "--z", "0")
+    run("--upcycle", f"{d}/dense1", "--steps", "4", "--warmup", "4", "--out", f"{d}/up", "--log-every", "1",
+        "--aux", "0", "--z", "0")
     assert abs(float(house.losses(f"{d}/up")[4][1]) - float(dense[8][1])) < 0.1, "it goes on where the dense model was"
     moe.main(["--resume", "--out", f"{d}/up", "--steps", "6"])
     capsys.readouterr()
@@ -411,7 +421,8 @@ def bad_inputs(d, text):
     yield ["--upcycle", f"{d}/moe"], "it has 4 experts already"
     yield ["--merge", f"{d}/a", f"{d}/b"], "--prompts (none)"
     yield ["--merge", f"{d}/a", f"{d}/b", "--prompts", f"{d}/one.txt"], "1 blocks of lines for the 2 models"
-    yield ["--merge", f"{d}/a", f"{d}/wide", "--prompts", f"{d}/one.txt"], "its shapes, or its rotary base, are not those of"
+    yield ["--merge", f"{d}/a", f"{d}/wide", "--prompts", f"{d}/one.txt"], (
+        "its shapes, or its rotary base, are not those of")
     yield ["--show-routing", "a", "--out", f"{d}/none"], "--show-routing: no run in"
     yield ["--show-routing", "a", "--init", f"{d}/moe"], "--show-routing: the checkpoint has no tokenizer"
 

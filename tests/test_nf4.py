@@ -1,4 +1,4 @@
-"""kernels/nf4.py: bitsandbytes' bytes, numerics, traffic and machine code of the kernels, and how they sit in PyTorch."""
+"""kernels/nf4.py: bitsandbytes' bytes, numerics, traffic and machine code of the kernels, and the ops in PyTorch."""
 import hashlib
 
 import kernelcheck as K
@@ -54,11 +54,12 @@ def test_bytes_are_those_of_bitsandbytes(form, n):
 
 def test_against_bitsandbytes(form):
     """Where it is installed: random weights in three dtypes, a last block that is not full, with and without nesting.
-    Its CPU library finds a code through a table of 2^16 cells of [-1, 1], its GPU kernels and this file by comparing with
-    the midpoints: codes differ only where a / s is nearer to a midpoint than half a cell."""
+    Its CPU library finds a code through a table of 2^16 cells of [-1, 1], its GPU kernels and this file by comparing
+    with the midpoints: codes differ only where a / s is nearer to a midpoint than half a cell."""
     F = pytest.importorskip("bitsandbytes.functional")
     assert torch.equal(F.create_dynamic_map(), nf4.dynamic_map())
-    for w in (weight(96, 320), weight(48, 64, dtype=torch.bfloat16), weight(7, 25), weight(33, 64, dtype=torch.float16)):
+    for w in (weight(96, 320), weight(48, 64, dtype=torch.bfloat16), weight(7, 25),
+              weight(33, 64, dtype=torch.float16)):
         for double in (True, False):
             packed, state = F.quantize_4bit(w, quant_type="nf4", compress_statistics=double, blocksize=64)
             q = nf4.quantize_nf4(w, double)
@@ -158,7 +159,8 @@ def test_registration():
     torch.library.opcheck(nf4.linear_op, (torch.randn(3, 64, requires_grad=True), *args, 40))
     with K.triton_form(), torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         q = nf4.quantize_nf4(torch.empty(40, 64))
-        assert nf4.dequantize_nf4(q, torch.bfloat16).shape == (40, 64) and nf4.nf4_linear(torch.empty(3, 64), q).shape == (3, 40)
+        assert (nf4.dequantize_nf4(q, torch.bfloat16).shape == (40, 64)
+                and nf4.nf4_linear(torch.empty(3, 64), q).shape == (3, 40))
 
 
 # ------------------------------------------------------- machine code
@@ -204,6 +206,8 @@ def bench_cases():
     x, q, product, decode = case(4, 128, 1024)
     backward = lambda y: torch.autograd.grad(y, x, torch.ones_like(y))
     w = weight(128, 1024, dtype=torch.bfloat16)
-    return [("nf4_linear 4x1024 -> 128", lambda: nf4.nf4_linear(x, q), backward, product, decode + K.nbytes(x) + 4 * 128 * 2 + 128 * 2048),
+    return [("nf4_linear 4x1024 -> 128", lambda: nf4.nf4_linear(x, q), backward, product,
+             decode + K.nbytes(x) + 4 * 128 * 2 + 128 * 2048),
             ("dequantize_nf4 128x1024", lambda: nf4.dequantize_nf4(q, torch.bfloat16), None, decode, None),
-            ("quantize_nf4 128x1024", lambda: nf4.quantize_op(w), None, K.nbytes(w) + w.numel() // 2 + w.numel() // 16, None)]
+            ("quantize_nf4 128x1024", lambda: nf4.quantize_op(w), None,
+             K.nbytes(w) + w.numel() // 2 + w.numel() // 16, None)]

@@ -175,13 +175,15 @@ def modulate_inputs(added, B, T, C, dtype=torch.float64):
     return (x, r, gate, shift, scale) if added else (x, shift, scale)
 
 
-MODULATE = {"modulate": (norm.modulate, norm.modulate_ref, False), "add_modulate": (norm.add_modulate, norm.add_modulate_ref, True)}
+MODULATE = {"modulate": (norm.modulate, norm.modulate_ref, False),
+            "add_modulate": (norm.add_modulate, norm.add_modulate_ref, True)}
 
 
 @pytest.mark.parametrize("name", MODULATE)
 def test_modulate(name):
     op, ref, added = MODULATE[name]
-    K.check_numerics(op, ref, [modulate_inputs(added, *shape) for shape in ((1, 1, 3), (3, 5, 33), (2, 67, 64), (2, 9, 257))])
+    K.check_numerics(op, ref, [modulate_inputs(added, *shape)
+                               for shape in ((1, 1, 3), (3, 5, 33), (2, 67, 64), (2, 9, 257))])
 
 
 def modulate_cases():
@@ -202,15 +204,16 @@ def group_inputs(B, C, *size, dtype=torch.float64, last=False):
     torch.manual_seed(0)
     x = torch.randn(B, C, *size, dtype=dtype) * 2 + 1
     x = x.contiguous(memory_format=torch.channels_last) if last else x
-    return x.requires_grad_(), torch.randn(C, dtype=dtype).requires_grad_(), torch.randn(C, dtype=dtype).requires_grad_()
+    return (x.requires_grad_(), torch.randn(C, dtype=dtype).requires_grad_(),
+            torch.randn(C, dtype=dtype).requires_grad_())
 
 
 @pytest.mark.parametrize("silu", [True, False])
 def test_group_norm_silu(silu):
     """Both memory formats, one tile and several, three dimensions, one pixel."""
     cases = []
-    for shape, groups, last in (((2, 6, 5, 3), 2, False), ((2, 6, 5, 3), 3, True), ((1, 12, 41, 40), 4, False), ((1, 12, 41, 40), 2, True), ((2, 8, 7), 8, False),
-                                ((3, 8, 1, 1), 2, True)):  # fmt: skip
+    for shape, groups, last in (((2, 6, 5, 3), 2, False), ((2, 6, 5, 3), 3, True), ((1, 12, 41, 40), 4, False),
+                                ((1, 12, 41, 40), 2, True), ((2, 8, 7), 8, False), ((3, 8, 1, 1), 2, True)):
         cases.append((group_inputs(*shape, last=last), dict(groups=groups, silu=silu)))
     K.check_numerics(norm.group_norm_silu, norm.group_norm_silu_ref, cases)
     x, w, b = group_inputs(2, 8, 6, 6, dtype=torch.float32, last=True)
@@ -233,20 +236,23 @@ def group_cases():
     cases = []
     for last in (False, True):
         x, w, b = (t.detach().bfloat16().requires_grad_() for t in group_inputs(2, 64, 16, 16, last=last))
-        dy = torch.randn(x.shape).bfloat16().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        dy = torch.randn(x.shape).bfloat16().contiguous(
+            memory_format=torch.channels_last if last else torch.contiguous_format)
         stats = 4 * 2 * 2 * 8
         forward = lambda x=x, w=w, b=b: norm.group_norm_silu(x, w, b, 8)
         backward = lambda out, x=x, w=w, b=b, dy=dy: torch.autograd.grad(out, (x, w, b), dy)
-        cases.append((f"group_norm_silu (2, 64, 16, 16){', channels last' * last}", forward, backward, K.nbytes(x, x, w, b) + stats,
-                      K.nbytes(dy, x, x, w, b, w, b) + stats))  # fmt: skip
+        cases.append((f"group_norm_silu (2, 64, 16, 16){', channels last' * last}", forward, backward,
+                      K.nbytes(x, x, w, b) + stats, K.nbytes(dy, x, x, w, b, w, b) + stats))  # fmt: skip
     return cases
 
 
 def test_image_traffic():
     for name, forward, backward, forward_floor, backward_floor in modulate_cases() + group_cases():
         out = []
-        print(name, K.check_traffic(lambda: out.append(forward()), forward_floor, 1.1), K.check_traffic(lambda: backward(out[0]), backward_floor, 1.1))
-    x, w, b = (t.detach().bfloat16().requires_grad_() for t in group_inputs(1, 32, 48, 48))  # several tiles: twice, from the cache
+        print(name, K.check_traffic(lambda: out.append(forward()), forward_floor, 1.1),
+              K.check_traffic(lambda: backward(out[0]), backward_floor, 1.1))
+    # several tiles: twice, from the cache
+    x, w, b = (t.detach().bfloat16().requires_grad_() for t in group_inputs(1, 32, 48, 48))
     out = []
     print(K.check_traffic(lambda: out.append(norm.group_norm_silu(x, w, b, 4)), K.nbytes(x, x), 1.55),
           K.check_traffic(lambda: torch.autograd.grad(out[0], (x, w, b), x), K.nbytes(x, x, x), 1.75))
@@ -259,8 +265,10 @@ def image_launches():
         args += [t.requires_grad_() for t in torch.empty(2, 6, C, dtype=dtype)[:, 3 - added : 5].unbind(1)]
         out = (norm.add_modulate if added else norm.modulate)(*args)
         torch.autograd.grad(out, args, tuple(torch.empty_like(t) for t in out) if added else out)
-    for C, side, groups, last, dtype in ((320, 64, 32, False, bf16), (320, 64, 32, True, bf16), (64, 16, 8, True, fp32), (2560, 8, 32, True, bf16), (128, 32, 32, False, fp32)):
-        x = torch.empty(1, C, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    for C, side, groups, last, dtype in ((320, 64, 32, False, bf16), (320, 64, 32, True, bf16), (64, 16, 8, True, fp32),
+                                         (2560, 8, 32, True, bf16), (128, 32, 32, False, fp32)):
+        x = torch.empty(1, C, side, side, dtype=dtype).contiguous(
+            memory_format=torch.channels_last if last else torch.contiguous_format)
         x, w, b = (t.requires_grad_() for t in (x, *torch.empty(2, C, dtype=dtype)))
         out = norm.group_norm_silu(x, w, b, groups)
         torch.autograd.grad(out, (x, w, b), out)
@@ -272,15 +280,18 @@ def test_image_kernels_compile():
 
 @pytest.mark.parametrize("name", MODULATE)
 def test_modulate_torch_form(name):
-    """The CPU's form, with its own backward from 16,384 numbers a sample on, equals the definition; 16-bit branches beside a fp32 stream."""
+    """The CPU's form, from 16,384 numbers a sample with its own backward, is the definition; 16-bit beside fp32."""
     op, ref, added = MODULATE[name]
-    for shape, dtype, tol in (((3, 5, 24), torch.float64, 1e-12), ((2, 130, 128), torch.float32, 1e-5), ((3, 70, 64), torch.bfloat16, 3e-2)):
+    for shape, dtype, tol in (((3, 5, 24), torch.float64, 1e-12), ((2, 130, 128), torch.float32, 1e-5),
+                              ((3, 70, 64), torch.bfloat16, 3e-2)):
         args = [t.detach().to(dtype).requires_grad_() for t in modulate_inputs(added, *shape)]
         got, want = op(*args), ref(*args)
         got, want = ((r,) if torch.is_tensor(r) else r for r in (got, want))
-        for a, b in zip([*got, *torch.autograd.grad(got, args, [*map(torch.ones_like, got)])], [*want, *torch.autograd.grad(want, args, [*map(torch.ones_like, want)])]):
+        for a, b in zip([*got, *torch.autograd.grad(got, args, [*map(torch.ones_like, got)])],
+                        [*want, *torch.autograd.grad(want, args, [*map(torch.ones_like, want)])]):
             assert a.dtype == b.dtype == dtype and (a.double() - b.double()).norm() <= tol * b.double().norm() + tol
-    args = [t.detach().to(torch.bfloat16 if i else torch.float32).requires_grad_() for i, t in enumerate(modulate_inputs(added, 2, 70, 64))]
+    args = [t.detach().to(torch.bfloat16 if i else torch.float32).requires_grad_()
+            for i, t in enumerate(modulate_inputs(added, 2, 70, 64))]
     out = op(*args)
     out = out if added else (out,)
     assert all(t.dtype == torch.float32 for t in out)
@@ -293,5 +304,6 @@ def test_group_norm_torch_form():
         for silu in (True, False):
             got, want = (f(x, w, b, 4, silu=silu) for f in (norm.group_norm_silu, norm.group_norm_silu_ref))
             assert got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-            for p, q in zip([got, *torch.autograd.grad(got, (x, w, b), got.detach())], [want, *torch.autograd.grad(want, (x, w, b), want.detach())]):
+            for p, q in zip([got, *torch.autograd.grad(got, (x, w, b), got.detach())],
+                            [want, *torch.autograd.grad(want, (x, w, b), want.detach())]):
                 torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)

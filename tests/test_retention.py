@@ -1,4 +1,4 @@
-"""kernels/retention.py: numerics, traffic and machine code (kernelcheck.py), the plain form, and how the op sits in PyTorch."""
+"""kernels/retention.py: numerics, traffic, machine code (kernelcheck.py), the plain form, the op in PyTorch."""
 import kernelcheck as K
 import pytest
 import torch
@@ -7,7 +7,7 @@ from kernels import retention as R
 
 
 def case(B, T, H, Kd, V, initial=True, dtype=torch.float64, first=1):
-    """q and k are views of one projection (B, T, 2, H, K). Decays of heads from 1 - 2^-first on: strong, so that errors show."""
+    """q, k: views of one projection (B, T, 2, H, K). Heads' decays from 1 - 2^-first on: strong, so errors show."""
     torch.manual_seed(0)
     q, k = torch.randn(B, T, 2, H, Kd, dtype=dtype).unbind(2)
     v, S = torch.randn(B, T, H, V, dtype=dtype), torch.randn(B, H, Kd, V, dtype=dtype)
@@ -16,7 +16,7 @@ def case(B, T, H, Kd, V, initial=True, dtype=torch.float64, first=1):
     return (q, k, v, a, S) if initial else (q, k, v, a)
 
 
-# one token; a part of a chunk (16 or 32 tokens), one more than a chunk, several; sizes that no tile divides; a state of 512 rows
+# one token; part of a chunk (16 or 32 tokens), one more than a chunk, several; sizes no tile divides; 512 rows of state
 CASES = {
     "one token": case(1, 1, 1, 16, 16),
     "no initial state": case(1, 31, 2, 12, 20, initial=False),
@@ -55,12 +55,13 @@ def traffic_case(B=1, T=64, H=1, Kd=64, V=108):
 def norm_case(rows_=1024, V=108):
     o, z = (x.detach().bfloat16().requires_grad_() for x in rows(rows_, V))
     dy = torch.ones_like(o).detach()
-    return lambda: R.gated_norm(o, z), lambda y: torch.autograd.grad(y, (o, z), dy), K.nbytes(o, z, o), K.nbytes(dy, o, z, o, z)
+    return (lambda: R.gated_norm(o, z), lambda y: torch.autograd.grad(y, (o, z), dy),
+            K.nbytes(o, z, o), K.nbytes(dy, o, z, o, z))
 
 
 def test_traffic():
-    """Each input once a launch; no state and no product is written. Backward is three launches, so it reads q, k, v and do three
-    times against the floor's once. As issued the programs of one head read x and y again, from the cache."""
+    """Each input once a launch; no state and no product is written. Backward is three launches, so it reads q, k, v and
+    do three times against the floor's once. As issued the programs of one head read x and y again, from the cache."""
     forward, backward, forward_floor, backward_floor = traffic_case()
     out = []
     K.check_traffic(lambda: out.append(forward()), forward_floor, 1.01, once=True)
@@ -75,14 +76,16 @@ def test_traffic_of_the_norm():
 
 
 def bench_cases():
-    return [("retention (1, 64, 1), K 64, V 108", *traffic_case()), ("retention (1, 64, 1), K 256, V 432", *traffic_case(Kd=256, V=432)),
+    return [("retention (1, 64, 1), K 64, V 108", *traffic_case()),
+            ("retention (1, 64, 1), K 256, V 432", *traffic_case(Kd=256, V=432)),
             ("gated_norm (1024, 108)", *norm_case())]
 
 
 # ---------------------------------------------------------------- machine code
 def launches():
     """One forward and its backward at each size, with the official sizes' strides: views of projections (B, T, H K)."""
-    for Kd, V, dtype in ((256, 432, torch.bfloat16), (256, 428, torch.float32), (32, 54, torch.bfloat16), (512, 512, torch.bfloat16)):
+    for Kd, V, dtype in ((256, 432, torch.bfloat16), (256, 428, torch.float32), (32, 54, torch.bfloat16),
+                         (512, 512, torch.bfloat16)):
         q, k = (torch.empty(1, 64, 2 * Kd, dtype=dtype).unflatten(-1, (2, Kd)).requires_grad_() for _ in "qk")
         v, z = (torch.empty(1, 64, 2 * V, dtype=dtype).unflatten(-1, (2, V)).requires_grad_() for _ in "vz")
         S = torch.empty(1, 2, Kd, V, requires_grad=True)
@@ -115,10 +118,11 @@ def plain(request, monkeypatch):
         pytest.skip("no C compiler here")
 
 
-@pytest.mark.parametrize("T, V", [(1, 12), (31, 12), (32, 20), (33, 40), (70, 70)])  # V: each width of the C form, and two lots of columns
+# V: each width of the C form, and two lots of columns
+@pytest.mark.parametrize("T, V", [(1, 12), (31, 12), (32, 20), (33, 40), (70, 70)])
 @pytest.mark.parametrize("initial", [True, False])
 def test_torch_form(T, V, initial, plain, monkeypatch):
-    """The CPU's forms equal the definition: one token, less than a chunk, one, more; also in bf16 and for strides of a view."""
+    """The CPU's forms equal the definition: one token, less than a chunk, one, more; bf16 too, and a view's strides."""
     monkeypatch.setattr(R, "CHUNK", 32)
     args = case(2, T, 3, 8, V, initial)
     weights = [torch.randn(2, T, 3, V).double(), torch.randn(2, 3, 8, V).double()]
@@ -129,7 +133,8 @@ def test_torch_form(T, V, initial, plain, monkeypatch):
             assert ((a.double() - b).norm() / b.norm()).item() < tol, dtype
         o, z = rows(2, 5, 12)
         low = [K.cast(x, dtype) for x in (o, z)]
-        for a, b in zip(both(R.gated_norm, low, weights[:1] and [torch.ones(2, 5, 12).double()]), both(R.gated_norm_ref, (o, z), [1.0])):
+        for a, b in zip(both(R.gated_norm, low, weights[:1] and [torch.ones(2, 5, 12).double()]),
+                        both(R.gated_norm_ref, (o, z), [1.0])):
             assert ((a.double() - b).norm() / b.norm()).item() < tol, dtype
 
 
@@ -142,7 +147,8 @@ def test_unused_outputs(plain):
             want, got = (torch.autograd.grad(f(*args)[i].sum(), [args[0], args[1], args[2], args[4]], allow_unused=True)
                          for f in (R.retention_ref, R.retention))
             for a, b in zip(got, want):
-                torch.testing.assert_close(a if a is not None else torch.zeros_like(b), b if b is not None else torch.zeros_like(a))
+                torch.testing.assert_close(a if a is not None else torch.zeros_like(b),
+                                           b if b is not None else torch.zeros_like(a))
         assert torch.equal(args[4], before)
 
 

@@ -1,5 +1,5 @@
-"""retnet.py against torchscale's RetNetDecoder (recorded by torchscale_retnet.py; live where torchscale is there), and its three
-forms against each other. What every file does as a program is in test_house.py."""
+"""retnet.py against torchscale's RetNetDecoder (recorded by torchscale_retnet.py; live where torchscale is there), and
+its three forms against each other. What every file does as a program is in test_house.py."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ def grads(model, x, y):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", RECORDED)
 def test_equals_recorded_torchscale(tmp_path, name, form):
-    """Logits, loss, and of every gradient norm and product with a random direction; a config.json with RetNetConfig's names."""
+    """Logits, loss, every gradient's norm and product with a random direction; config.json in RetNetConfig's names."""
     want = RECORDED[name]
     assert want["config"] == reference.CASES[name], "the recording is of another configuration"
     cfg = dict(layers=2, heads=3, dim=24, value_dim=36, ffn_dim=40, vocab=20, tied="tied" in name)
@@ -55,7 +55,8 @@ def test_equals_recorded_torchscale(tmp_path, name, form):
     found = reference.gradients(model, loss)
     assert found.keys() == want["gradients"].keys()
     for k, (norm, along) in found.items():
-        assert abs(norm - want["gradients"][k][0]) < 1e-4 * norm and abs(along - want["gradients"][k][1]) < 1e-4 * norm, k
+        assert (abs(norm - want["gradients"][k][0]) < 1e-4 * norm
+                and abs(along - want["gradients"][k][1]) < 1e-4 * norm), k
 
 
 @pytest.mark.parametrize("config", reference.CASES.values(), ids=reference.CASES)
@@ -79,7 +80,7 @@ def test_live_torchscale(tmp_path, config):
     again.load_state_dict(load_file(tmp_path / "saved" / "model.safetensors"))
     assert torch.equal(again(x)[0], theirs(x)[0])
     again.chunkwise_recurrent = True
-    assert error(ours(x), again(x)[0]) < 1e-3  # its chunks scale o down, where eps weighs more: so far is it from its parallel form
+    assert error(ours(x), again(x)[0]) < 1e-3  # its chunks scale o down, so eps weighs more than in its parallel form
     again.chunkwise_recurrent, held, state = False, dict(is_first_step=False), ours.init_state(2)
     for n in range(x.shape[1]):
         logits, state = ours.step(x[:, n : n + 1], state)
@@ -106,8 +107,9 @@ def outputs(form, size, direction=False):
 
 
 def test_forms_agree(monkeypatch):
-    """fp64: the operations are the same function while no row of |A| sums to more than 1, and of the same direction always, which
-    is all that the norm without its eps lets through; so it is with the gradients, for the parallel form's factor has none."""
+    """fp64: the operations are the same function while no row of |A| sums to more than 1, and of the same direction
+    always, which is all that the norm without its eps lets through; so it is with the gradients, for the parallel
+    form's factor has none."""
     for chunk in (16, 128):  # 70 tokens: several chunks and a part of one; one part
         monkeypatch.setattr(sys.modules[retnet.retention.__module__], "CHUNK", chunk)
         for form in ("chunkwise", "parallel"):
@@ -130,8 +132,8 @@ def test_forms_agree_with_a_state():
 
 
 def test_models_agree():
-    """fp32: logits and every gradient of the whole model. As initialised the forms are equal; with weights so large that the
-    parallel form's second factor acts in most rows, up to its effect on norm's eps."""
+    """fp32: logits and every gradient of the whole model. As initialised the forms are equal; with weights so large
+    that the parallel form's second factor acts in most rows, up to its effect on norm's eps."""
     x, y = tokens(T=40), tokens(T=40).roll(-1, 1)
     for fill, tol in ((lambda m: m, 1e-5), (lambda m: randomised(m, 0.4), 1e-4)):
         torch.manual_seed(0)
@@ -146,7 +148,7 @@ def test_models_agree():
 
 
 def test_step_equals_forward():
-    """Prefill of any length, then one token at a time, then several: the same logits as one forward; the state does not grow."""
+    """Prefill of any length, then one token at a time, then several: one forward's logits; the state does not grow."""
     model = randomised(Model(Config(**TINY))).eval()
     x = tokens(T=150)
     whole, sizes = model(x), set()
@@ -191,7 +193,8 @@ def test_official_sizes():
         for name, (layers, C, E, W, H) in sizes.items():
             cfg = Config(**retnet.PRESETS[name] | dict(layers=1))
             n = sum(p.numel() for p in Model(cfg).parameters())
-            assert (retnet.PRESETS[name]["layers"], cfg.dim, cfg.value_dim, cfg.ffn_dim, cfg.heads, cfg.dim // cfg.heads) == (layers, C, E, W, H, 256)
+            assert (retnet.PRESETS[name]["layers"], cfg.dim, cfg.value_dim, cfg.ffn_dim, cfg.heads,
+                    cfg.dim // cfg.heads) == (layers, C, E, W, H, 256)
             assert n == 2 * C * C + 3 * C * E + 3 * C * W + 2 * C + 2 * 50257 * C + C
             assert 3.5e6 < cfg.batch * cfg.accum * cfg.seq < 4.5e6
     state = Model(Config(**TINY)).state_dict()
@@ -206,7 +209,8 @@ def test_initialisation_and_groups():
     xavier = lambda n_in, n_out, gain: gain * (2 / (n_in + n_out)) ** 0.5
     want = {f"retention.{k}_proj.weight": xavier(192, 192, 2**-2.5) for k in "qk"}
     want |= {f"retention.{k}_proj.weight": xavier(192, 324, 2**-2.5) for k in "vg"}
-    want |= {"retention.out_proj.weight": xavier(324, 192, 0.5), "ffn.fc1.weight": (3 * 192) ** -0.5, "ffn.fc2.weight": (3 * 324) ** -0.5}
+    want |= {"retention.out_proj.weight": xavier(324, 192, 0.5), "ffn.fc1.weight": (3 * 192) ** -0.5,
+             "ffn.fc2.weight": (3 * 324) ** -0.5}
     want |= {"weight": 192**-0.5}  # embedding and head
     for k, s in want.items():
         assert abs(std[k] / s - 1) < 0.05, k
@@ -267,7 +271,7 @@ def test_memory_is_linear_in_time():
 
 
 def test_alone_gives_the_same():
-    """The definitions in the file and the operations in kernels/ are the same maths, also across chunks, with and without a state."""
+    """The file's definitions and the operations in kernels/ agree, also across chunks, with and without a state."""
     alone = house.alone("retnet.py")
     model, x, y = randomised(Model(Config(**TINY)), 0.2), tokens(T=150), tokens(T=150).roll(-1, 1)
     other = alone.Model(alone.Config(**TINY))
@@ -290,7 +294,8 @@ def test_saves_and_reads(tmp_path):
         config = json.loads((folder / "config.json").read_text())
         assert config["decoder_value_embed_dim"] == 36 and config["share_decoder_input_output_embed"] == tied
         again = Model.from_pretrained(folder)
-        assert torch.equal(again(tokens()), model(tokens())) and len(list(again.parameters())) == len(list(model.parameters()))
+        assert (torch.equal(again(tokens()), model(tokens()))
+                and len(list(again.parameters())) == len(list(model.parameters())))
         torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
         assert torch.equal(Model.from_pretrained(folder)(tokens()), model(tokens()))
@@ -334,7 +339,8 @@ def test_bad_inputs(text, capsys, tmp_path, monkeypatch):
 
 def test_form_is_a_flag(text, tmp_path, capsys):
     """The same run in each form; then another form goes on with it, and it speaks."""
-    args = f"--layers 1 --heads 2 --dim 16 --seq 16 --batch 2 --steps 4 --dtype fp32 --eval-iters 1 --tokens 3 --data {text}".split()
+    args = ("--layers 1 --heads 2 --dim 16 --seq 16 --batch 2 --steps 4 --dtype fp32 --eval-iters 1 --tokens 3 "
+            f"--data {text}").split()
     found = [retnet.main([*args, "--form", form, "--out", str(tmp_path / form)]) for form in FORMS]
     assert max(found) - min(found) < 1e-4
     retnet.main(["--resume", "--form", "parallel", "--steps", "6", "--out", str(tmp_path / "recurrent")])

@@ -16,11 +16,12 @@ def case(B, T, H, D, per_head=False, dtype=torch.float64):
     return x, 1.5 * angle.cos(), 1.5 * angle.sin()
 
 
-CASES = {  # head sizes and numbers of heads that no tile divides, one token, a factor on the tables, tables for each head
+CASES = {  # head sizes and numbers that no tile divides, one token, a factor on the tables, tables for each head
     "one token": case(1, 1, 1, 2),
     "ragged": case(3, 67, 3, 24),
     "a table for each head": case(2, 33, 5, 96, per_head=True),
-    "not contiguous": (torch.randn(2, 24, 9, 4, dtype=torch.float64).transpose(1, 3).requires_grad_(), *case(1, 4, 1, 24)[1:]),
+    "not contiguous": (torch.randn(2, 24, 9, 4, dtype=torch.float64).transpose(1, 3).requires_grad_(),
+                       *case(1, 4, 1, 24)[1:]),
 }
 
 
@@ -52,8 +53,10 @@ def bench_cases():
 
 def launches():
     """Llama's and RetNet's heads, a table for each head, an odd size."""
-    for H, D, interleaved, per_head, dtype in ((32, 128, False, False, torch.bfloat16), (3, 96, False, False, torch.float32),
-                                               (8, 256, True, True, torch.bfloat16), (8, 256, True, True, torch.float32)):
+    for H, D, interleaved, per_head, dtype in ((32, 128, False, False, torch.bfloat16),
+                                               (3, 96, False, False, torch.float32),
+                                               (8, 256, True, True, torch.bfloat16),
+                                               (8, 256, True, True, torch.float32)):
         x = torch.empty(1, 64, H, D, dtype=dtype, requires_grad=True)
         table = torch.empty(*((64, H) if per_head else (64,)), D // 2)
         torch.autograd.grad(R.rope(x, table, table, interleaved), x, torch.empty_like(x))
@@ -65,7 +68,7 @@ def test_compiles():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_forms(layout, monkeypatch):
-    """The CPU's form and the registered kernel equal the definition; torch.compile takes either whole; opcheck; meta tensors."""
+    """The CPU's form and the op equal the definition; torch.compile takes both whole; opcheck; meta tensors."""
     args = case(2, 7, 3, 8, dtype=torch.float32)
     call = lambda f: (y := f(*args, LAYOUTS[layout]), *torch.autograd.grad(y, args[0], torch.ones_like(y)))
     want = call(R.rope_ref)

@@ -1,4 +1,4 @@
-"""rwkv.py against the official package `rwkv`, against the recurrence that it states, and what is special to it as a program."""
+"""rwkv.py against the official package `rwkv` and the recurrence that it states, and what is its own as a program."""
 
 import contextlib
 import importlib.metadata
@@ -25,7 +25,7 @@ def package(name):
     path = importlib.metadata.distribution("rwkv").locate_file(f"rwkv/{name}.py")
     spec = importlib.util.spec_from_file_location(f"official_{name}", path)
     module = importlib.util.module_from_spec(spec)
-    plain = dict(ScriptModule=torch.nn.Module, script_method=lambda f: f, script=lambda f: f)  # it asks for the JIT in any case
+    plain = dict(ScriptModule=torch.nn.Module, script_method=lambda f: f, script=lambda f: f)  # it always asks for JIT
     with mock.patch.dict(os.environ, RWKV_V7_ON="1", RWKV_CUDA_ON="0"), mock.patch.multiple(torch.jit, **plain):
         spec.loader.exec_module(module)
     return module
@@ -41,7 +41,7 @@ def model(seed=0, **how):
 
 
 def official_tensors(m):
-    """Our parameters as the package holds them, still connected to ours: the head and the products transposed, ln0 in emb."""
+    """Our parameters as the package holds them, still connected to ours: head and products transposed, ln0 in emb."""
     z = {}
     for k, p in m.named_parameters():
         p = p.t() if k.endswith(".weight") and p.ndim == 2 and "emb" not in k else p.squeeze()
@@ -53,7 +53,7 @@ def official_tensors(m):
 
 @pytest.mark.parametrize("layers", [3, 1])
 def test_equals_the_official_package(tmp_path, layers):
-    """It loads the .pth that we save; logits of a sequence, of single tokens, and every gradient; fp32, relative error."""
+    """It loads the .pth that we save; logits of a sequence, of single tokens; every gradient; fp32, relative error."""
     ours = model(layers=layers)
     ours.save_pretrained(tmp_path)
     theirs = package("model").RWKV_x070(str(tmp_path / "rwkv"), "cpu fp32")
@@ -156,7 +156,7 @@ def inputs(B, T, H, N, dtype=torch.float64, slow=False):
 
 @pytest.mark.parametrize("slow", [False, -math.exp(-0.5), -1e-7])
 def test_chunks_equal_the_recurrence(slow):
-    """Outputs, final state and all gradients, fp64; then in fp32, forward < 1e-5. 77 tokens: no whole number of chunks."""
+    """Outputs, final state, all gradients in fp64; in fp32 forward < 1e-5. 77 tokens: no whole number of chunks."""
     args = inputs(2, 77, 2, 16, slow=slow)
     results = []
     for f in (rwkv.chunkwise, rwkv.recurrence):
@@ -171,7 +171,7 @@ def test_chunks_equal_the_recurrence(slow):
 
 
 def test_gradients_against_the_recurrence():
-    """The file alone, its recurrence and fp64: the model as the paper has it. Loss and every gradient of the fast one in fp32."""
+    """The file alone, its recurrence and fp64: the paper's model. Loss and every gradient of the fast one in fp32."""
     alone, ours = house.alone("rwkv.py"), model()
     exact = alone.Model(alone.Config(**TINY))
     exact.load_state_dict(ours.state_dict())
@@ -215,7 +215,7 @@ def test_step_equals_forward():
 
 
 def test_the_state_does_not_grow():
-    """The bytes that a sample prints are those of the first token, however long the text: 1,500 tokens are two prefill parts."""
+    """The bytes that a sample prints are the first token's, however long the text: 1,500 tokens, two prefill parts."""
     m = model(layers=1)
     size = lambda s: sum(t.nbytes for t in s.values())
     state = m.init_state(1)
@@ -257,8 +257,10 @@ def test_initial_values():
             d, line = n / C, n / (C - 1) - 0.5
             z = (n % N - (N - 1) / 2) / ((N - 1) / 2)
             z *= abs(z)
-            want = {f"att.x_{k}": 1 - d ** (p * one_to_zero) for k, p in dict(r=0.2, w=0.9, k=0.7, v=0.7, a=0.9, g=0.2).items()}
-            want |= {"ffn.x_k": 1 - d ** one_to_zero**4, "att.k_k": 0.71 - 0.1 * line, "att.k_a": 1.02, "att.a0": -0.19 + 0.3 * z + 0.4 * line}
+            want = {f"att.x_{k}": 1 - d ** (p * one_to_zero)
+                    for k, p in dict(r=0.2, w=0.9, k=0.7, v=0.7, a=0.9, g=0.2).items()}
+            want |= {"ffn.x_k": 1 - d ** one_to_zero**4, "att.k_k": 0.71 - 0.1 * line, "att.k_a": 1.02,
+                     "att.a0": -0.19 + 0.3 * z + 0.4 * line}
             want["att.w0"] = -6 + 6 * (n / (C - 1)) ** (1 + zero_to_one**0.3) + 0.5 + 2.5 * z
             want |= {"att.v0": 0.73 - 0.4 * line} if i else {}
             for name, value in want.items():
@@ -273,7 +275,7 @@ def test_initial_values():
 
 
 def test_parameter_groups():
-    """RWKV-LM's: w0 at twice the rate; .weight matrices decay; low-rank maps, mixes and norms do not; eps 1e-18, beta 0.9 and beta2."""
+    """RWKV-LM's: w0 at twice the rate; only .weight matrices decay, not low-rank maps; eps 1e-18, beta 0.9, beta2."""
     m = model()
     names = {id(p): k for k, p in m.named_parameters()}
     (o,) = rwkv.make_optimizers(m, cfg := Config(**TINY, wd=0.1, lr=1e-3, warmup=0, beta2=0.99))
@@ -333,7 +335,8 @@ def test_recorded_losses(optim):
 # ---------------------------------------------------------------- the World tokenizer, and misuse
 def test_world_tokenizer(tmp_path):
     """A vocabulary in the official form: the longest word wins, as in the package's own tokenizer."""
-    words = [bytes([i]) for i in range(256)] + [b"ab", b"abc", "\u00e9", b"\xe4\xbd", "\u4f60", b"a b", b"\n\n", b"'", b'"\\']
+    words = ([bytes([i]) for i in range(256)]
+             + [b"ab", b"abc", "\u00e9", b"\xe4\xbd", "\u4f60", b"a b", b"\n\n", b"'", b'"\\'])
     size = lambda w: len(w if isinstance(w, bytes) else w.encode())
     path = tmp_path / "vocab.txt"
     path.write_text("".join(f"{i + 1} {w!r} {size(w)}\n" for i, w in enumerate(words)), encoding="utf-8")
@@ -345,11 +348,12 @@ def test_world_tokenizer(tmp_path):
 
 
 def test_a_run(tmp_path, text):
-    """Trains with a World vocabulary, prints the state's bytes, leaves a folder that the package loads and --init goes on from."""
+    """Trains with a World vocabulary, prints the state's bytes; the package loads what it leaves, --init goes on."""
     vocab = tmp_path / "vocab.txt"
     vocab.write_text("".join(f"{i + 1} {bytes([i])!r} 1\n" for i in range(256)) + "257 b' times ' 7\n")
     out = tmp_path / "o"
-    run = "--layers 2 --dim 32 --head-dim 16 --seq 32 --batch 4 --eval-iters 2 --tokens 20 --steps 3 --l2wrap 1e-4 --ckpt".split()
+    run = ("--layers 2 --dim 32 --head-dim 16 --seq 32 --batch 4 --eval-iters 2 --tokens 20 --steps 3 "
+           "--l2wrap 1e-4 --ckpt").split()
     said = finish(start([*run, "--data", text, "--tok", str(vocab), "--out", str(out)], "rwkv.py"))
     size = 4 * 2 * (2 * 32 + 2 * 16 * 16)
     assert "final val loss" in said and f"{size:,} bytes of state" in said
@@ -358,7 +362,8 @@ def test_a_run(tmp_path, text):
     theirs = package("model").RWKV_x070(str(out / "rwkv"), "cpu fp32")
     x = tokens(B=1, T=9)
     assert error(ours(x)[0], theirs.forward(x[0].tolist(), None, full_output=True)[0]) < 1e-4
-    said = finish(start(["--init", str(out / "rwkv.pth"), "--tok", str(vocab), "--sample", "3 times", "--tokens", "5"], "rwkv.py"))
+    said = finish(start(["--init", str(out / "rwkv.pth"), "--tok", str(vocab), "--sample", "3 times",
+                         "--tokens", "5"], "rwkv.py"))
     assert said.startswith("3 times") and f"{size:,} bytes of state" in said
 
 

@@ -1,4 +1,4 @@
-"""kernels/rwkv_mix.py: numerics, traffic and machine code (kernelcheck.py), the plain forms, and how the ops sit in PyTorch."""
+"""kernels/rwkv_mix.py: numerics, traffic, machine code (kernelcheck.py), the plain forms, the ops in PyTorch."""
 import kernelcheck as K
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_numerics(name):
     op, ref, *_ = OPS[name]
     cases = [inputs(name, *shape, more=i % 2) for i, shape in enumerate(SHAPES)]
     turned = inputs(name, 2, 6, 1, 16)
-    turned = (torch.randn(16, 6, 2, dtype=torch.float64).permute(2, 1, 0).requires_grad_(), *turned[1:])  # not contiguous
+    turned = (torch.randn(16, 6, 2, dtype=torch.float64).permute(2, 1, 0).requires_grad_(), *turned[1:])  # transposed
     K.check_numerics(op, ref, [*cases, turned])
 
 
@@ -79,11 +79,12 @@ def traffic_case(name, T=128, H=2, N=64):
 
 @pytest.mark.parametrize("name", OPS)
 def test_traffic(name):
-    """Each address once a launch (token_shift reads the row before and the row after from the cache): within 1.1 of the floor;
-    parameters are read, and their gradients' sums written, for every 128 tokens of only two heads here."""
+    """Each address once a launch (token_shift reads the row before and the row after from the cache): within 1.1 of the
+    floor; parameters are read, and their gradients' sums written, for every 128 tokens of only two heads here."""
     forward, backward, floor, floor_bwd = traffic_case(name)
     out = []
-    print(name, K.check_traffic(lambda: out.append(forward()), floor, 1.1, once=True), K.check_traffic(lambda: backward(out[0]), floor_bwd, 1.25, once=True))
+    print(name, K.check_traffic(lambda: out.append(forward()), floor, 1.1, once=True),
+          K.check_traffic(lambda: backward(out[0]), floor_bwd, 1.25, once=True))
 
 
 def bench_cases():
@@ -94,7 +95,8 @@ def grads(f, args):
     out = f(*args)
     out = [out] if torch.is_tensor(out) else [*out]
     tensors = [t for t in args if torch.is_tensor(t)]
-    up = [torch.randn(t.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64).to(t.dtype) for i, t in enumerate(out)]
+    up = [torch.randn(t.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64).to(t.dtype)
+          for i, t in enumerate(out)]
     return [*out, *torch.autograd.grad(out, tensors, up)]
 
 
@@ -106,9 +108,11 @@ def test_torch_form(name):
         args = inputs(name, 2, 19, 3, 8, more=more)
         for a, b in zip(grads(op, args), grads(ref, args)):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    low = [t.detach().to(torch.bfloat16 if t.ndim == 3 and t.shape[0] > 1 else torch.float32).requires_grad_() if torch.is_tensor(t) else t for t in args]
+    low = [t.detach().to(torch.bfloat16 if t.ndim == 3 and t.shape[0] > 1 else torch.float32).requires_grad_()
+           if torch.is_tensor(t) else t for t in args]
     exact = grads(ref, [t.detach().double().requires_grad_() if torch.is_tensor(t) else t for t in low])
-    for a, b, t in zip(grads(op, low), exact, [*[low[0]] * (len(exact) - sum(map(torch.is_tensor, low))), *filter(torch.is_tensor, low)]):
+    for a, b, t in zip(grads(op, low), exact, [*[low[0]] * (len(exact) - sum(map(torch.is_tensor, low))),
+                                               *filter(torch.is_tensor, low)]):
         assert a.dtype == t.dtype and (a.double() - b).norm() < 1.6e-2 * b.norm()
 
 

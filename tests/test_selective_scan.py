@@ -1,4 +1,4 @@
-"""kernels/selective_scan.py: numerics, traffic and machine code (kernelcheck.py), the plain form, and how the op sits in PyTorch."""
+"""kernels/selective_scan.py: numerics, traffic, machine code (kernelcheck.py), the plain form, the op in PyTorch."""
 import kernelcheck as K
 import pytest
 import torch
@@ -10,12 +10,14 @@ def case(batch, T, E, N, optional=True, initial=True, dtype=torch.float64, wide=
     """u, dt, A, B, C, D, z, dt_bias, initial; z, B and C are columns of wider tensors, as they are in a model."""
     g, wide = torch.Generator().manual_seed(0), wide or dtype
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
-    args = [normal(batch, T, E), normal(batch, T, E) - 1, -torch.exp(normal(E, N)), normal(batch, T, 2 * N + 3)[..., 1:1 + N],
-            normal(batch, T, 2 * N + 3)[..., 3:3 + N], normal(E), normal(batch, T, 2 * E)[..., E:], normal(E) - 1, normal(batch, E, N)]
+    args = [normal(batch, T, E), normal(batch, T, E) - 1, -torch.exp(normal(E, N)),
+            normal(batch, T, 2 * N + 3)[..., 1:1 + N], normal(batch, T, 2 * N + 3)[..., 3:3 + N],
+            normal(E), normal(batch, T, 2 * E)[..., E:], normal(E) - 1, normal(batch, E, N)]
     if not optional:
         args[5] = args[6] = args[7] = None
     args[8] = args[8] if initial else None
-    return [None if t is None else K.cast(t.requires_grad_(), wide if i in (2, 5, 7) else dtype) for i, t in enumerate(args)]
+    return [None if t is None else K.cast(t.requires_grad_(), wide if i in (2, 5, 7) else dtype)
+            for i, t in enumerate(args)]
 
 
 @pytest.fixture
@@ -41,7 +43,8 @@ def test_numerics(name, small):
 
 
 def traffic_case():
-    args = [None if t is None else t.detach().requires_grad_() for t in case(1, 128, 128, 16, initial=False, dtype=torch.bfloat16, wide=torch.float32)]
+    args = [None if t is None else t.detach().requires_grad_()
+            for t in case(1, 128, 128, 16, initial=False, dtype=torch.bfloat16, wide=torch.float32)]
     dy = torch.randn(1, 128, 128).bfloat16()
     wrt = args[:8]
     forward = lambda: S.selective_scan(*args)[0]
@@ -63,8 +66,9 @@ def bench_cases():
 
 
 def launches():
-    """What a model has: bf16 beside fp32 A, D and bias, from zeros; all tensors fp32 with every pointer; many states."""
-    for dtype, N, how in ((torch.bfloat16, 16, dict(initial=False)), (torch.float32, 16, {}), (torch.bfloat16, 64, dict(initial=False)), (torch.bfloat16, 256, dict(initial=False))):
+    """What a model has: bf16 beside fp32 A, D, bias, from zeros; all tensors fp32 with every pointer; many states."""
+    for dtype, N, how in ((torch.bfloat16, 16, dict(initial=False)), (torch.float32, 16, {}),
+                          (torch.bfloat16, 64, dict(initial=False)), (torch.bfloat16, 256, dict(initial=False))):
         K.label = f"N = {N}"
         args = case(1, 64, 256, N, dtype=dtype, wide=torch.float32, **how)
         outs = S.selective_scan(*args)[:1 if how else 2]
@@ -84,7 +88,7 @@ def results(f, args):
 
 @pytest.mark.parametrize("compiler", [True, False])
 def test_torch_form(compiler, monkeypatch):
-    """The CPU's forms equal the definition, also for 16-bit tensors beside fp32 ones, and where only one output is used."""
+    """The CPU's forms equal the definition, also for 16-bit tensors beside fp32, and where only one output is used."""
     if compiler and S.compiled(S.SOURCE) is None:
         pytest.skip("no C compiler here")
     monkeypatch.setattr(S, "compiled", S.compiled if compiler else lambda source: None)
@@ -98,15 +102,17 @@ def test_torch_form(compiler, monkeypatch):
     for dtype in (torch.float64, torch.float32):
         args = case(*(1, 7, 6, 4), dtype=dtype)
         for i in (0, 1):
-            a, b = ([torch.autograd.grad(f(*args)[i].square().sum(), args[1])[0]] for f in (S.selective_scan, S.selective_scan_ref))
+            a, b = ([torch.autograd.grad(f(*args)[i].square().sum(), args[1])[0]]
+                    for f in (S.selective_scan, S.selective_scan_ref))
             torch.testing.assert_close(a, b)
-    t = [None if a is None else a.detach()[:, :1] if a.ndim == 3 and a.shape[1] == 7 else a.detach() for a in args]  # one token, as in generation
+    # one token, as in generation
+    t = [None if a is None else a.detach()[:, :1] if a.ndim == 3 and a.shape[1] == 7 else a.detach() for a in args]
     for a, b in zip(S.selective_scan(*t), S.selective_scan_ref(*t)):
         torch.testing.assert_close(a, b)
 
 
 def test_registration(monkeypatch, small):
-    """opcheck; one graph under torch.compile; meta and fake CUDA tensors; checkpointing; results repeat; what is refused."""
+    """opcheck; one graph under torch.compile; meta and fake CUDA tensors; checkpointing; results repeat; refusals."""
     monkeypatch.setattr(S, "KERNELS", "triton")
     args = list(case(*(1, 7, 6, 4), dtype=torch.float32))
     torch.library.opcheck(S.scan_op, tuple(args))

@@ -34,7 +34,7 @@ def test_rules_know_real_pictures(size):
 
 
 def test_rules_refuse_wrong_pictures():
-    """Noise, an empty picture, two halves of different shapes, a shape that is dissolved; another colour or form is told apart."""
+    """Noise, an empty picture, halves of two shapes, a dissolved shape; another colour or form is told apart."""
     rng = np.random.default_rng(0)
     images, labels, _, names = shapes.draw_shapes(120, 32, seed=6)
     assert judge(np.full((32, 32, 3), 90, np.uint8)) is None
@@ -51,7 +51,8 @@ def test_rules_refuse_wrong_pictures():
 def test_set_on_disk(tmp_path, capsys):
     assert shapes.main(["--out", str(tmp_path / "s"), "--size", "16"]) is None
     z, meta = np.load(tmp_path / "s/val.npz"), json.loads((tmp_path / "s/meta.json").read_text())
-    assert z["images"].shape == (1000, 16, 16, 3) and z["images"].dtype == np.uint8 and meta["flip"] and len(meta["names"]) == len(COLOURS) * len(FORMS)
+    assert (z["images"].shape == (1000, 16, 16, 3) and z["images"].dtype == np.uint8 and meta["flip"]
+            and len(meta["names"]) == len(COLOURS) * len(FORMS))
     assert shapes.common.run(shapes.main, ["--size", "3"]) == 2 and "at least 16" in capsys.readouterr().err
 
 
@@ -74,12 +75,14 @@ def test_mnist_and_fashion(tmp_path, capsys):
         assert (cfg.size, cfg.channels, cfg.classes, train.flip) == (28, 1, 10, flip) and len(train.pictures) == 30
         assert np.load(tmp_path / module.NAME / "val.npz")["captions"][3] == caption and tok.label(module.NAMES[3]) == 3
     (source / mnist.FILES["val"][0]).write_bytes(b"no gzip")
-    assert mnist.common.run(mnist.main, ["--url", str(source), "--out", str(tmp_path / "x")]) == 2 and "no gzipped IDX" in capsys.readouterr().err
+    assert (mnist.common.run(mnist.main, ["--url", str(source), "--out", str(tmp_path / "x")]) == 2
+            and "no gzipped IDX" in capsys.readouterr().err)
 
 
 def test_cifar10(tmp_path, capsys):
     rng = np.random.default_rng(0)
-    rows = {f: np.concatenate([np.full((4, 1), 3), rng.integers(0, 256, (4, 3072))], 1).astype(np.uint8) for fs in cifar10.FILES.values() for f in fs}
+    rows = {f: np.concatenate([np.full((4, 1), 3), rng.integers(0, 256, (4, 3072))], 1).astype(np.uint8)
+            for fs in cifar10.FILES.values() for f in fs}
     with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as tar:
         for f, r in rows.items():
             (tmp_path / f).write_bytes(r.tobytes())
@@ -87,7 +90,8 @@ def test_cifar10(tmp_path, capsys):
     cifar10.main(["--url", str(tmp_path / "c.tar.gz"), "--out", str(tmp_path / "c")])
     z = np.load(tmp_path / "c/train.npz")
     assert z["images"].shape == (20, 32, 32, 3) and z["captions"][0] == "a cat"
-    assert (z["images"][1, 2, 5] == rows["data_batch_1.bin"][1, 1:].reshape(3, 32, 32)[:, 2, 5]).all(), "red, green and blue of a pixel"
+    assert (z["images"][1, 2, 5] == rows["data_batch_1.bin"][1, 1:].reshape(3, 32, 32)[:, 2, 5]).all(), (
+        "red, green and blue of a pixel")
     (tmp_path / "bad.tar.gz").write_bytes(b"x")
     assert cifar10.common.run(cifar10.main, ["--url", str(tmp_path / "bad.tar.gz"), "--out", str(tmp_path / "d")]) == 2
     assert "no tar archive" in capsys.readouterr().err
@@ -102,7 +106,8 @@ def test_folder_of_pictures(tmp_path):
         Image.new("RGB", (200, 90 + i), (10 * i, 0, 0)).save(tmp_path / kind / f"a_{kind}_{i}.png")
     (tmp_path / "cat/a_cat_0.txt").write_text("a black cat\n")
     found = dit.read_pictures(tmp_path, 32)
-    assert found["images"].shape == (4, 32, 32, 3) and found["captions"].tolist() == ["a black cat", "a cat 2", "a dog 1", "a dog 3"]
+    assert (found["images"].shape == (4, 32, 32, 3)
+            and found["captions"].tolist() == ["a black cat", "a cat 2", "a dog 1", "a dog 3"])
     assert found["images"][:, 0, 0, 0].tolist() == [0, 20, 10, 30]
     cfg = dit.Config(data=str(tmp_path), cond="class", size=16, flip=True)
     train, val, tok = dit.load_images(cfg, {}, None)
@@ -111,7 +116,7 @@ def test_folder_of_pictures(tmp_path):
 
 
 def test_npz_and_batches(tmp_path):
-    """uint8 becomes [-1, 1], latents stay; a batch is a function of (seed, step, micro), whatever the processes; evaluation is fixed."""
+    """uint8 becomes [-1, 1], latents stay; (seed, step, micro) make the batch of all processes; evaluation is fixed."""
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (40, 8, 8, 3)).astype(np.uint8), rng.integers(0, 4, 40)
     np.savez(tmp_path / "a.npz", images=images, labels=labels)
@@ -121,7 +126,8 @@ def test_npz_and_batches(tmp_path):
     two = [train.batch(cfg, 5, 0, rank, 2) for rank in (0, 1)]
     for whole, *halves in zip(one, *two):
         assert torch.equal(whole[0::2], halves[0]) and torch.equal(whole[1::2], halves[1])
-    assert not torch.equal(one[3], train.batch(cfg, 6, 0, 0, 1)[3]) and not torch.equal(one[3], train.batch(cfg, 5, 1, 0, 1)[3])
+    assert (not torch.equal(one[3], train.batch(cfg, 6, 0, 0, 1)[3])
+            and not torch.equal(one[3], train.batch(cfg, 5, 1, 0, 1)[3]))
     pixels = ((one[0] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     known = {im.tobytes(): k for im, k in zip(images, labels)}
     mirrored = {im[:, ::-1].tobytes(): k for im, k in zip(images, labels)}
@@ -132,11 +138,13 @@ def test_npz_and_batches(tmp_path):
     a, b = val.windows(np.arange(4)), val.windows(np.arange(2, 4))
     assert all(torch.equal(u[2:], v) for u, v in zip(a, b)) and (a[2][:, 1] == 1).all()
     latents = rng.standard_normal((20, 4, 8, 8)).astype(np.float16)
-    np.savez(tmp_path / "l.npz", latents=latents, features=rng.standard_normal((20, 5, 7)).astype(np.float16), mask=np.ones((20, 5), bool))
+    np.savez(tmp_path / "l.npz", latents=latents, features=rng.standard_normal((20, 5, 7)).astype(np.float16),
+             mask=np.ones((20, 5), bool))
     cfg = dit.Config(data=str(tmp_path / "l.npz"), cond="text", features=7, captions=5)
     train, *_ = dit.load_images(cfg, {}, None)
     x, cond, u, noise, mask = train.batch(cfg, 0, 0, 0, 1)
-    assert (cfg.size, cfg.channels) == (8, 4) and cond.shape == (64, 5, 7) and mask.shape == (64, 5) and noise.shape == x.shape
+    assert ((cfg.size, cfg.channels) == (8, 4) and cond.shape == (64, 5, 7)
+            and mask.shape == (64, 5) and noise.shape == x.shape)
     assert x[0].half().numpy().tobytes() in {v.tobytes() for v in latents}
 
 

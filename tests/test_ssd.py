@@ -1,4 +1,4 @@
-"""kernels/ssd.py: numerics, traffic and machine code (kernelcheck.py), the plain form, and how the op sits in PyTorch."""
+"""kernels/ssd.py: numerics, traffic, machine code (kernelcheck.py), the plain form, the op in PyTorch."""
 import kernelcheck as K
 import pytest
 import torch
@@ -7,13 +7,16 @@ from kernels import ssd as S
 
 
 def case(batch, T, H, P, G, N, skip=True, initial=True, dtype=torch.float64, wide=None):
-    """x, dt, A, B, C, D, initial; x, B and C are columns of one wider tensor, as they are in a model. wide: the dtype of dt, A, D."""
+    """x, dt, A, B, C, D, initial; x, B, C are columns of one wider tensor, as in a model. wide: dtype of dt, A, D."""
     g, wide = torch.Generator().manual_seed(0), wide or dtype
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
-    columns = lambda first, n, size: normal(batch, T, first + n * size + 2)[..., first:first + n * size].unflatten(2, (n, size))
-    args = [columns(1, H, P), torch.nn.functional.softplus(normal(batch, T, H) - 1), -torch.exp(normal(H)), columns(2, G, N), columns(0, G, N),
-            normal(H) if skip else None, normal(batch, H, P, N) if initial else None]
-    return tuple(None if t is None else K.cast(t.requires_grad_(), wide if i in (1, 2, 5) else dtype) for i, t in enumerate(args))
+    columns = lambda first, n, size: (
+        normal(batch, T, first + n * size + 2)[..., first:first + n * size].unflatten(2, (n, size)))
+    args = [columns(1, H, P), torch.nn.functional.softplus(normal(batch, T, H) - 1), -torch.exp(normal(H)),
+            columns(2, G, N), columns(0, G, N), normal(H) if skip else None,
+            normal(batch, H, P, N) if initial else None]
+    return tuple(None if t is None else K.cast(t.requires_grad_(), wide if i in (1, 2, 5) else dtype)
+                 for i, t in enumerate(args))
 
 
 # a 16-bit type rounds matrices and states before each product; all that was seen is at most a third of this
@@ -34,7 +37,8 @@ def test_numerics(name):
 
 
 def traffic_case():
-    args = [None if t is None else t.detach().requires_grad_() for t in case(1, 128, 4, 64, 1, 128, initial=False, dtype=torch.bfloat16, wide=torch.float32)]
+    args = [None if t is None else t.detach().requires_grad_()
+            for t in case(1, 128, 4, 64, 1, 128, initial=False, dtype=torch.bfloat16, wide=torch.float32)]
     dy = torch.randn(args[0].shape).bfloat16()
     wrt = args[:6]
     forward = lambda: S.ssd(*args)[0]
@@ -43,7 +47,7 @@ def traffic_case():
 
 
 def test_traffic():
-    """Each address once a launch: the heads of a group read one B and C. Backward: each head's dB and dC are written and read."""
+    """Each address once a launch: a group's heads read one B, C. Backward: each head's dB, dC are written and read."""
     forward, backward, forward_floor, backward_floor = traffic_case()
     out = []
     print("forward", K.check_traffic(lambda: out.append(forward()), forward_floor, 1.01, once=True),
@@ -55,8 +59,9 @@ def bench_cases():
 
 
 def launches():
-    """What a model has: bf16 beside fp32 dt, A, D, P = 64, N = 128, from zeros; fp32 with every pointer; fewer states."""
-    for dtype, P, N, how in ((torch.bfloat16, 64, 128, dict(initial=False)), (torch.float32, 64, 128, {}), (torch.bfloat16, 64, 64, {})):
+    """What a model has: bf16 beside fp32 dt, A, D, P = 64, N = 128, from zeros; fp32, every pointer; fewer states."""
+    for dtype, P, N, how in ((torch.bfloat16, 64, 128, dict(initial=False)), (torch.float32, 64, 128, {}),
+                             (torch.bfloat16, 64, 64, {})):
         args = case(1, 64, 2, P, 1, N, dtype=dtype, wide=torch.float32, **how)
         y, final = S.ssd(*args)
         wrt, outs = [t for t in args if t is not None], [y, final] if how == {} else [y]
@@ -76,7 +81,7 @@ def results(f, args):
 
 
 def test_torch_form():
-    """The CPU's form equals the definition, also for 16-bit tensors beside fp32 ones, and where only one output is used."""
+    """The CPU's form equals the definition, also for 16-bit tensors beside fp32, and where only one output is used."""
     for dtype, tol in ((torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         for how in ({}, dict(skip=False, initial=False)):
             args = case(*(2, 70, 4, 5, 2, 6), dtype=dtype, wide=torch.promote_types(dtype, torch.float32), **how)
@@ -90,7 +95,7 @@ def test_torch_form():
 
 
 def test_registration(monkeypatch):
-    """opcheck; one graph under torch.compile; meta and fake CUDA tensors; checkpointing; results repeat; what is refused."""
+    """opcheck; one graph under torch.compile; meta and fake CUDA tensors; checkpointing; results repeat; refusals."""
     monkeypatch.setattr(S, "KERNELS", "triton")
     args = list(case(*(1, 7, 2, 4, 1, 3), dtype=torch.float32))
     torch.library.opcheck(S.ssd_op, tuple(args))
@@ -105,8 +110,10 @@ def test_registration(monkeypatch):
     assert [g.shape for g in torch.autograd.grad(S.ssd(*meta)[0].sum(), meta)] == [t.shape for t in meta]
     with torch._subclasses.FakeTensorMode():
         t = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, device="cuda", dtype=dtype)
-        y, final = S.ssd(t(2, 8, 4, 16), t(2, 8, 4, dtype=torch.float32), t(4, dtype=torch.float32), t(2, 8, 1, 12), t(2, 8, 1, 12))
-        assert (y.shape, y.dtype, final.shape, final.dtype) == ((2, 8, 4, 16), torch.bfloat16, (2, 4, 16, 12), torch.float32)
+        y, final = S.ssd(t(2, 8, 4, 16), t(2, 8, 4, dtype=torch.float32), t(4, dtype=torch.float32),
+                         t(2, 8, 1, 12), t(2, 8, 1, 12))
+        assert ((y.shape, y.dtype, final.shape, final.dtype)
+                == ((2, 8, 4, 16), torch.bfloat16, (2, 4, 16, 12), torch.float32))
     with pytest.raises(ValueError, match="expected x"):
         S.ssd(*args[:3] + [args[3][..., 1:]] + args[4:])
     with pytest.raises(ValueError, match="N <= 256"):

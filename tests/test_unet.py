@@ -1,4 +1,4 @@
-"""unet.py against diffusers and transformers, against itself in every form, and as a program that people start, stop and misuse."""
+"""unet.py against diffusers and transformers, itself in every form, and as a program: started, stopped, misused."""
 
 import copy
 import json
@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 import unet
 from unet import VAE, Config, Model, TextEncoder
 
-TINY = dict(widths=(16, 32), attn=(0, 1), layers=1, heads=2, groups=8, size=8, channels=3, dim=16, text_layers=1, text_heads=2, captions=8)
-RUN = "--widths 16 32 --attn 0 1 --layers 1 --heads 2 --groups 8 --dim 16 --text-layers 1 --text-heads 2 --vae-widths 16 16 --vae-layers 1".split()
+TINY = dict(widths=(16, 32), attn=(0, 1), layers=1, heads=2, groups=8, size=8, channels=3, dim=16, text_layers=1,
+            text_heads=2, captions=8)
+RUN = ("--widths 16 32 --attn 0 1 --layers 1 --heads 2 --groups 8 --dim 16 --text-layers 1 --text-heads 2 "
+       "--vae-widths 16 16 --vae-layers 1").split()
 RUN += "--batch 4 --eval-iters 1 --sample-steps 2 --number 2 --warmup 2 --ema 0.5 --log-every 1 --dtype fp32".split()
 
 
@@ -28,17 +30,19 @@ def pictures(n=2, side=8, channels=3, seed=1):
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
-    """-> a folder as Stable Diffusion's, which diffusers and transformers saved, and their models; random weights everywhere."""
+    """-> a folder as Stable Diffusion's, saved by diffusers and transformers, and their models; all weights random."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     folder = tmp_path_factory.mktemp("sd")
-    net = UNet2DConditionModel(sample_size=16, cross_attention_dim=24, block_out_channels=(16, 32, 32, 32), norm_num_groups=8, attention_head_dim=4)
+    net = UNet2DConditionModel(sample_size=16, cross_attention_dim=24, block_out_channels=(16, 32, 32, 32),
+                               norm_num_groups=8, attention_head_dim=4)
     n = 4
-    vae = AutoencoderKL(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n,
-                        block_out_channels=(16, 32, 32, 32), layers_per_block=2, latent_channels=4, norm_num_groups=8)  # fmt: skip
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=60, hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                                        bos_token_id=58, eos_token_id=59))  # fmt: skip
+    vae = AutoencoderKL(in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * n,
+                        up_block_types=("UpDecoderBlock2D",) * n, block_out_channels=(16, 32, 32, 32),
+                        layers_per_block=2, latent_channels=4, norm_num_groups=8)  # fmt: skip
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=60, hidden_size=24, intermediate_size=96, num_hidden_layers=2,
+                                        num_attention_heads=4, bos_token_id=58, eos_token_id=59))  # fmt: skip
     models = dict(unet=net, vae=vae, text_encoder=text)
     for name, m in models.items():
         randomised(m, 0.15).eval().save_pretrained(folder / name)
@@ -66,7 +70,8 @@ def test_equals_diffusers(official):
     """The U-Net's output and every gradient, with as many tokens as one likes; fp32, relative error."""
     folder, theirs = official
     ours, theirs = Model.from_pretrained(folder / "unet").eval(), copy.deepcopy(theirs["unet"])
-    x, t, text = pictures(side=16, channels=4), torch.tensor([3, 700]), torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(2))
+    x, t, text = (pictures(side=16, channels=4), torch.tensor([3, 700]),
+                  torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(2)))
     compare(ours(x, t, text), theirs(x, t, text).sample, (ours, theirs))
     mask = torch.rand(2, 9, generator=torch.Generator().manual_seed(3)) < 0.6
     assert error(ours(x, t, text, mask), theirs(x, t, text, encoder_attention_mask=mask).sample) < 1e-4
@@ -98,9 +103,11 @@ def test_saves_what_the_libraries_load(official, tmp_path):
     Model.from_pretrained(folder).save_pretrained(tmp_path)
     for name, m in theirs.items():
         again = type(m).from_pretrained(tmp_path / name).state_dict()
-        assert again.keys() == m.state_dict().keys() and all(torch.equal(v, again[k]) for k, v in m.state_dict().items()), name
+        assert (again.keys() == m.state_dict().keys()
+                and all(torch.equal(v, again[k]) for k, v in m.state_dict().items())), name
     again = Model.from_pretrained(tmp_path)
-    assert again.cfg.scale == 0.18215 and again.cfg.size == 128 and again.cfg.betas == "scaled" and again.cfg.channels == 4
+    assert (again.cfg.scale == 0.18215 and again.cfg.size == 128
+            and again.cfg.betas == "scaled" and again.cfg.channels == 4)
 
 
 def test_older_names(official, tmp_path):
@@ -114,7 +121,8 @@ def test_older_names(official, tmp_path):
     tensors = {f"text_model.{k}": v for k, v in load_file(path).items()}
     save_file(tensors | {"text_model.embeddings.position_ids": torch.arange(77)[None]}, path)
     ours = Model.from_pretrained(tmp_path / "sd")
-    assert torch.equal(ours.vae.state_dict()["decoder.mid_block.attentions.0.to_q.weight"], theirs["vae"].decoder.mid_block.attentions[0].to_q.weight)
+    assert torch.equal(ours.vae.state_dict()["decoder.mid_block.attentions.0.to_q.weight"],
+                       theirs["vae"].decoder.mid_block.attentions[0].to_q.weight)
 
 
 def test_official_sizes():
@@ -156,17 +164,20 @@ def test_strict(official, tmp_path, capsys):
 
 
 def test_clip_tokenizer(tmp_path):
-    """The same ids as transformers' CLIPTokenizer, from vocab.json and merges.txt, filled up and cut as Stable Diffusion does."""
+    """As transformers' CLIPTokenizer, from vocab.json and merges.txt, filled up and cut as Stable Diffusion does."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     letters = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=700, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False)
-    bpe.train_from_iterator(["a small red circle and the large blue square, it's here " * 5, " ".join(letters)], trainer)
+    trainer = trainers.BpeTrainer(vocab_size=700, end_of_word_suffix="</w>", initial_alphabet=letters,
+                                  show_progress=False)
+    bpe.train_from_iterator(["a small red circle and the large blue square, it's here " * 5, " ".join(letters)],
+                            trainer)
     bpe.model.save(str(folder))
     vocab = json.loads((folder / "vocab.json").read_text())
     vocab |= {"<|startoftext|>": unet.CLIP - 2, "<|endoftext|>": unet.CLIP - 1}
@@ -185,7 +196,8 @@ def test_clip_tokenizer(tmp_path):
 
 def test_conditions():
     """A dropped condition is that of no caption; what is prepared once by encode() gives the same."""
-    for more, cond in ((dict(cond="text"), torch.randint(1, 256, (2, 8))), (dict(cond="class", classes=5), torch.tensor([3, 0])),
+    for more, cond in ((dict(cond="text"), torch.randint(1, 256, (2, 8))),
+                       (dict(cond="class", classes=5), torch.tensor([3, 0])),
                        (dict(features=12), torch.randn(2, 7, 12))):  # fmt: skip
         model = randomised(Model(Config(**TINY | more)), 0.2).eval()
         x, t = pictures(), torch.tensor([10.0, 900.0])
@@ -285,7 +297,7 @@ def one(tmp_path_factory, set_of_pictures):
 
 
 def test_resume_after_kill(tmp_path, set_of_pictures, one, capsys):
-    """kill -9, then --resume: the next losses are the same to the last bit, and so are the weights; the run leaves its pictures."""
+    """kill -9, then --resume: the next losses and the weights are the same to the last bit; it leaves its pictures."""
     two = tmp_path / "two"
     cut = start([*ARGS, "--lr", "1e-3", "--data", set_of_pictures, "--out", str(two)], "unet.py")
     for line in cut.stdout:
@@ -306,7 +318,8 @@ def test_resume_after_kill(tmp_path, set_of_pictures, one, capsys):
 
 def test_two_processes_equal_one(tmp_path, set_of_pictures, one):
     """Same global batch: losses within 1e-5."""
-    finish(start([*ARGS, "--lr", "1e-3", "--data", set_of_pictures, "--out", str(tmp_path / "two")], "unet.py", torchrun=2))
+    finish(start([*ARGS, "--lr", "1e-3", "--data", set_of_pictures, "--out", str(tmp_path / "two")],
+                 "unet.py", torchrun=2))
     a, b = losses(one), losses(tmp_path / "two")
     assert a.keys() == b.keys() and all(abs(float(a[s][0]) - float(b[s][0])) < 1e-5 for s in a)
     x, y = (load_file(d / "unet/diffusion_pytorch_model.safetensors") for d in (one, tmp_path / "two"))
@@ -314,7 +327,7 @@ def test_two_processes_equal_one(tmp_path, set_of_pictures, one):
 
 
 def test_vae_then_latents(tmp_path, set_of_pictures, capsys):
-    """--stage vae, resumed; then diffusion in its latents, whose folder holds the same VAE; both load in diffusers; and resumed."""
+    """--stage vae, resumed; then diffusion in its latents, the VAE in its folder; both load in diffusers; resumed."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     v, d = tmp_path / "vae", tmp_path / "latent"
@@ -322,7 +335,8 @@ def test_vae_then_latents(tmp_path, set_of_pictures, capsys):
     unet.main(["--resume", "--steps", "6", "--out", str(v)])
     assert "PSNR" in capsys.readouterr().out and (v / "grid.png").is_file()
     unet.main([*RUN, "--vae", str(v), "--data", set_of_pictures, "--steps", "2", "--out", str(d)])
-    a, b = load_file(v / "diffusion_pytorch_model.safetensors"), load_file(d / "vae/diffusion_pytorch_model.safetensors")
+    a, b = (load_file(v / "diffusion_pytorch_model.safetensors"),
+            load_file(d / "vae/diffusion_pytorch_model.safetensors"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     model, theirs = Model.from_pretrained(d), AutoencoderKL.from_pretrained(d / "vae")
     assert model.cfg.scale == theirs.config.scaling_factor and model.cfg.scale not in (0, 1, 0.18215)
@@ -337,7 +351,8 @@ def test_alone(tmp_path):
     args = [*RUN, "--size", "16", "--cond", "class", "--steps", "2", "--out", "o"]
     out = finish(start(args, "unet.py", cwd=tmp_path))
     assert "plain PyTorch" in out and "drawing shapes" in out and "final val loss" in out
-    assert "sample.png" in finish(start(["--sample", "red circle", "--out", "o", "--number", "1", "--sample-steps", "2"], "unet.py", cwd=tmp_path))
+    assert "sample.png" in finish(start(
+        ["--sample", "red circle", "--out", "o", "--number", "1", "--sample-steps", "2"], "unet.py", cwd=tmp_path))
 
 
 # ---------------------------------------------------------------- misuse

@@ -1,4 +1,4 @@
-"""kernels/wkv7.py: numerics, traffic and machine code (kernelcheck.py), the plain form, and how the op sits in PyTorch."""
+"""kernels/wkv7.py: numerics, traffic, machine code (kernelcheck.py), the plain form, the op in PyTorch."""
 import math
 
 import kernelcheck as K
@@ -23,8 +23,9 @@ def case(B, T, H, N, initial=True, w=None, dtype=torch.float64, same_key=False):
     return tuple(t.detach().requires_grad_() for t in (r, x, k, v, -kappa, kappa * rate, *S))
 
 
-# one token; no whole number of chunks of either form (16, 32); sizes that no tile divides; the ends of the decays' range; one key
-# again and again, written at full rate and never forgotten: there a sum of powers in place of the inverse would cancel
+# one token; no whole number of chunks of either form (16, 32); sizes that no tile divides; the ends of the decays'
+# range; one key again and again, written at full rate and never forgotten: there a sum of powers in place of the
+# inverse would cancel
 CASES = {
     "one token": case(1, 1, 1, 16),
     "no initial state": case(2, 19, 2, 12, initial=False),
@@ -52,7 +53,8 @@ def plain(request, monkeypatch):
 def test_one_token(plain):
     """A step of generation against the definition."""
     for name in ("one token", "two heads"):
-        case = [x.detach()[:, :1] if x.ndim == 4 and x.shape[2] != x.shape[3] else x.detach() for x in CASES[name][:6]] + [CASES[name][6].detach()]
+        case = [x.detach()[:, :1] if x.ndim == 4 and x.shape[2] != x.shape[3] else x.detach()
+                for x in CASES[name][:6]] + [CASES[name][6].detach()]
         for dtype, tol in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
             given = [x.to(dtype) for x in case]
             want, before = W.wkv7_ref(*given), given[6].clone()
@@ -74,7 +76,8 @@ def launches():
 
 
 # spill instructions on sm_89 that are there; more is a fault, less is welcome
-OPEN = {("wkv7_fwd_kernel", "float32, N = 64"): 250, ("wkv7_bwd_kernel", "float32, N = 64"): 260, ("wkv7_bwd_kernel", "bfloat16, N = 40"): 6}
+OPEN = {("wkv7_fwd_kernel", "float32, N = 64"): 250, ("wkv7_bwd_kernel", "float32, N = 64"): 260,
+        ("wkv7_bwd_kernel", "bfloat16, N = 40"): 6}
 
 
 def test_compiles():
@@ -101,7 +104,8 @@ def test_traffic():
     """The saved states, 512 bytes a token and head, are all that comes on top of inputs and outputs."""
     forward, backward, floor, floor_bwd = traffic_case()
     out = []
-    print(K.check_traffic(lambda: out.append(forward()), floor, 1.55), K.check_traffic(lambda: backward(out[0]), floor_bwd, 1.35))
+    print(K.check_traffic(lambda: out.append(forward()), floor, 1.55),
+          K.check_traffic(lambda: backward(out[0]), floor_bwd, 1.35))
 
 
 def bench_cases():
@@ -110,7 +114,8 @@ def bench_cases():
 
 def results(f, args):
     y, final = f(*args)
-    up = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(t.dtype) for t in (y, final)]
+    up = [torch.randn(t.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(t.dtype)
+          for t in (y, final)]
     return [y, final, *torch.autograd.grad([y, final], args, up)]
 
 
@@ -129,9 +134,10 @@ def test_torch_form(name, plain):
 
 
 def test_torch_form_in_pytorch(plain):
-    """Views as inputs; an output that nobody uses; 16-bit inputs and autocast, which changes nothing; results repeat."""
+    """Views as inputs; an output nobody uses; 16-bit inputs and autocast, which changes nothing; results repeat."""
     args = case(2, 37, 2, 16)
-    views = [torch.stack([t, t], -1)[..., 0].detach().requires_grad_() if t.ndim == 4 else t for t in args[:6]] + [args[6]]
+    views = [torch.stack([t, t], -1)[..., 0].detach().requires_grad_() if t.ndim == 4 else t
+             for t in args[:6]] + [args[6]]
     for a, b in zip(results(W.wkv7_torch, views), results(W.wkv7_torch, args)):
         assert torch.equal(a, b)
     for which in (0, 1):
@@ -164,12 +170,14 @@ def test_registration(monkeypatch):
     with torch._subclasses.FakeTensorMode():  # forward only: PyTorch without CUDA has no autograd for its tensors
         fake = torch.empty(2, 40, 3, 64, device="cuda", dtype=torch.bfloat16)
         y, final = W.wkv7(*[fake] * 6)
-        assert y.shape == fake.shape and y.dtype == torch.bfloat16 and final.shape == (2, 3, 64, 64) and final.dtype == torch.float32
+        assert (y.shape == fake.shape and y.dtype == torch.bfloat16
+                and final.shape == (2, 3, 64, 64) and final.dtype == torch.float32)
 
 
 def test_refuses():
     x = torch.empty(1, 4, 2, 8)
-    for args in ((x, x, x, x, x, x[..., :4]), (x, x.double(), x, x, x, x), [x[:, :0]] * 6, ([*[x] * 6, torch.empty(1, 2, 8, 4)])):
+    for args in ((x, x, x, x, x, x[..., :4]), (x, x.double(), x, x, x, x), [x[:, :0]] * 6,
+                 ([*[x] * 6, torch.empty(1, 2, 8, 4)])):
         with pytest.raises(ValueError, match="expected six of"):
             W.wkv7(*args)
     with pytest.raises(ValueError, match="N <= 64"):

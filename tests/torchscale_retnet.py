@@ -1,10 +1,12 @@
-"""torchscale's RetNetDecoder, the reference for retnet.py; run as a script it records what test_retnet.py compares with.
+"""torchscale's RetNetDecoder, the reference for retnet.py; as a script it records what test_retnet.py compares with.
 
-    git clone https://github.com/microsoft/torchscale && git -C torchscale checkout 4d1e0e82e5adf86dd424f1463192635b73fc8efc
-    PYTHONPATH=torchscale python tests/torchscale_retnet.py > tests/torchscale_retnet.json       (recorded with torch 2.13.0 on a CPU)
+    git clone https://github.com/microsoft/torchscale
+    git -C torchscale checkout 4d1e0e82e5adf86dd424f1463192635b73fc8efc
+    PYTHONPATH=torchscale python tests/torchscale_retnet.py > tests/torchscale_retnet.json
 
-Only the modules of RetNet are wanted: fairscale, timm and einops, which torchscale imports for other models, are stubs here where
-they are not installed. PyPI's torchscale 0.3.0 is older: it divides the rows of q k^T by another sum, and is refused.
+Recorded with torch 2.13.0 on a CPU. Only the modules of RetNet are wanted: fairscale, timm and einops, which torchscale
+imports for other models, are stubs here where they are not installed. PyPI's torchscale 0.3.0 is older: it divides the
+rows of q k^T by another sum, and is refused.
 """
 
 import importlib.util
@@ -17,7 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-SMALL = dict(vocab_size=20, decoder_embed_dim=24, decoder_value_embed_dim=36, decoder_retention_heads=3, decoder_ffn_embed_dim=40, decoder_layers=2)
+SMALL = dict(vocab_size=20, decoder_embed_dim=24, decoder_value_embed_dim=36, decoder_retention_heads=3,
+             decoder_ffn_embed_dim=40, decoder_layers=2)
 CASES = {  # the language models of its examples, and RetNetConfig's defaults with a tied head
     "examples": dict(SMALL, activation_fn="swish", no_scale_embedding=False),
     "defaults, tied": dict(SMALL, share_decoder_input_output_embed=True),
@@ -43,7 +46,8 @@ def decoder(config):
 
     if "max=5e4" not in inspect.getsource(MultiScaleRetention):
         raise ImportError("torchscale 0.3.0 is older than the reference")
-    return RetNetDecoder(RetNetConfig(**config), embed_tokens=nn.Embedding(config["vocab_size"], config["decoder_embed_dim"])).eval()
+    return RetNetDecoder(
+        RetNetConfig(**config), embed_tokens=nn.Embedding(config["vocab_size"], config["decoder_embed_dim"])).eval()
 
 
 def fill(model, std=0.3):
@@ -62,7 +66,7 @@ def batch():
 
 
 def gradients(model, loss):
-    """Name -> the gradient's norm, and its product with a random direction: together they see a wrong factor and a wrong place."""
+    """Name -> the gradient's norm and product with a random direction: together they see a wrong factor or place."""
     g, found = torch.Generator().manual_seed(2), {}
     loss.backward()
     for name, p in sorted(model.named_parameters()):
@@ -78,5 +82,6 @@ def record(config):
 
 
 if __name__ == "__main__":
-    rounded = json.loads(json.dumps({k: record(c) for k, c in CASES.items()}), parse_float=lambda s: float(f"{float(s):.8g}"))
+    rounded = json.loads(json.dumps({k: record(c) for k, c in CASES.items()}),
+                         parse_float=lambda s: float(f"{float(s):.8g}"))
     print("{" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in rounded.items()) + "}")
