@@ -28,8 +28,14 @@ tensor about once while a head's k and v stay in the L2 cache; the tensor cores 
 FLOPs for each byte read in 16 bits. Decoding (Tq = 1) is limited by reading k and v, with one program a head: long
 contexts at small B H leave multiprocessors idle.
 """
-import contextlib
+import ctypes
+import functools
 import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
 
 import torch
 
@@ -51,6 +57,59 @@ def form(x):
 # ----- end -----
 
 
+# ----- c (shared) -----
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C
+# here, which gcc or clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with
+# KERNELS_C=0, the plain form in PyTorch serves.
+HEADER = r"""
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+typedef int64_t num;
+static inline float bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static inline float from_bf16(uint16_t x) { return bits((uint32_t)x << 16); }
+static inline uint16_t to_bf16(float x) {  /* to nearest, ties to even; what is not a number stays so */
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+static inline float ex2(float x) {  /* 2^x: a polynomial for the fraction, the exponent's bits for the rest */
+    x = x < -126 ? -126 : x > 126 ? 126 : x;
+    float n = rintf(x), f = x - n, p = 1.54353e-4f * f + 1.3333558e-3f;
+    p = ((((p * f + 9.6181291e-3f) * f + 5.5504109e-2f) * f + 2.4022651e-1f) * f + 0.693147181f) * f + 1;
+    return p * bits((uint32_t)((int32_t)n + 127) << 23);
+}
+"""
+
+
+@functools.cache
+def compiled(source):
+    """HEADER + source as a library, or None without a compiler. Its loops run on PyTorch's own OpenMP threads."""
+    cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if not cc or os.environ.get("KERNELS_C") == "0":
+        return None
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
+    flags += ["-mprefer-vector-width=512"] if os.uname().machine == "x86_64" else []  # gcc's own choice is 256
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            Path(tmp, "c.c").write_text(HEADER + source)
+            subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
+            return ctypes.CDLL(str(Path(tmp, "c.so")))
+    except (OSError, subprocess.CalledProcessError) as e:
+        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; "
+                      "KERNELS_C=0 asks for those")
+        return None
+
+
+def call(function, *args):
+    """function(*args): contiguous tensors or None as pointers, ints as int64. Fake tensors are only shapes: no call."""
+    if not any(isinstance(a, torch._subclasses.FakeTensor) for a in args):
+        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
+                   for a in args))
+# ----- end -----
+
+
 def attention_ref(q, k, v, causal=True, scale=None, softcap=0.0):
     """The definition; fp32 inside, fp64 for fp64."""
     Tq, Tk, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
@@ -66,25 +125,144 @@ def attention_ref(q, k, v, causal=True, scale=None, softcap=0.0):
     return (s.softmax(-1) @ v.to(dtype)).to(q.dtype)
 
 
-@contextlib.contextmanager
-def rounded_products():
-    """On a CPU: fp32 tensors stay fp32, outside autocast too, and are multiplied as bf16, if it has units for that."""
-    precision = torch.backends.mkldnn.matmul
-    before, precision.fp32_precision = precision.fp32_precision, "bf16"
-    try:
-        with torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        precision.fp32_precision = before
+# Backward for a CPU (algorithm 2 of the paper), fp32 inside whatever the inputs are. A thread takes a head of k and v,
+# and the query heads that read it, through tiles of BLOCK queries x BLOCK keys, which stay in its cache. What it needs
+# of q, k, v and do it copies first, as fp32 rows of P, D filled up to whole vectors: any strides, no tile at an edge.
+SOURCE = r"""
+#ifdef __AVX512F__
+enum { W = 16, V = 4 };  /* floats in a vector, vectors in a row of a product's sums: 4 x 4 of them fit the registers */
+#else
+enum { W = 8, V = 2 };
+#endif
+enum { P = (D + 15) / 16 * 16, BLOCK = 64, ROWS = 4 };
+typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias)), row[P];
+typedef struct { num b, h, t; } strides;
+
+#define SUMS(NAME, R, V) \
+static void NAME(const float *a, num a_m, num a_k, const float *b, num b_k, float *c, num c_m, num K, num add) { \
+    vec s[R][V]; \
+    for (num r = 0; r < R; r++) \
+        for (num v = 0; v < V; v++) s[r][v] = add ? *(vec *)(c + r * c_m + v * W) : (vec){0}; \
+    for (num k = 0; k < K; k++, a += a_k, b += b_k) { \
+        vec x[V]; \
+        for (num v = 0; v < V; v++) x[v] = *(vec *)(b + v * W); \
+        for (num r = 0; r < R; r++) \
+            for (num v = 0; v < V; v++) s[r][v] += a[r * a_m] * x[v]; \
+    } \
+    for (num r = 0; r < R; r++) \
+        for (num v = 0; v < V; v++) *(vec *)(c + r * c_m + v * W) = s[r][v]; \
+}
+SUMS(wide, ROWS, V)
+SUMS(half, 2 * ROWS, V / 2)
+SUMS(narrow, 2 * ROWS, 1)
+
+/* c = a b, or c += a b. a (BLOCK, K), element (m, k) at m a_m + k a_k; b (K, N), c (BLOCK, N): rows b_k, c_m apart */
+static void product(const float *a, num a_m, num a_k, const float *b, num b_k, float *c, num c_m,
+                    num N, num K, num add) {
+    for (num n = 0, v; n < N; n += v * W) {
+        v = N - n >= V * W ? V : N - n >= V / 2 * W ? V / 2 : 1;
+        for (num m = 0; m < BLOCK; m += v == V ? ROWS : 2 * ROWS)
+            (v == V ? wide : v > 1 ? half : narrow)(a + m * a_m, a_m, a_k, b + n, b_k, c + m * c_m + n, c_m, K, add);
+    }
+}
+
+static void read(const void *x, num at, num bf16, float factor, float *to) {
+    if (bf16) for (num d = 0; d < D; d++) to[d] = factor * from_bf16(((uint16_t *)x)[at + d]);
+    else for (num d = 0; d < D; d++) to[d] = factor * ((float *)x)[at + d];
+    for (num d = D; d < P; d++) to[d] = 0;
+}
+
+static void write(const row *x, num T, num bf16, float factor, void *to, strides s, num b, num h) {
+    for (num t = 0; t < T; t++) {
+        num at = b * s.b + h * s.h + t * s.t;
+        if (bf16) for (num d = 0; d < D; d++) ((uint16_t *)to)[at + d] = to_bf16(factor * x[t][d]);
+        else for (num d = 0; d < D; d++) ((float *)to)[at + d] = factor * x[t][d];
+    }
+}
+
+/* A head: T rows, then zeros up to a multiple of BLOCK */
+static void rows(const void *x, strides s, num b, num h, num T, num bf16, float factor, row *to) {
+    for (num t = 0; t < T; t++) read(x, b * s.b + h * s.h + t * s.t, bf16, factor, to[t]);
+    memset(to[T], 0, ((T + BLOCK - 1) / BLOCK * BLOCK - T) * sizeof(row));
+}
+
+/* BLOCK rows after the other as (P, BLOCK), the right side of a product with their transpose */
+static void turn(const row *x, num T, float *to) {
+    for (num j = 0; j < T; j += BLOCK)
+        for (num d = 0; d < P; d++)
+            for (num t = 0; t < BLOCK; t++) to[j * P + d * BLOCK + t] = x[j + t][d];
+}
+
+/* s: the strides of q, k, v, o, dy, lse, dq, dk, dv. room: floats in work for each thread */
+void backward(const void *q, const void *k, const void *v, const void *o, const void *dy, const float *lse, void *dq,
+              void *dk, void *dv, const strides *s, float *work, num room, const float *scale, num bf16, num causal,
+              num B, num H, num G, num Tq, num Tk, num threads) {
+    const float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+    num Q = (Tq + BLOCK - 1) / BLOCK * BLOCK, K = (Tk + BLOCK - 1) / BLOCK * BLOCK;
+    #pragma omp parallel for num_threads(threads)
+    for (num thread = 0; thread < threads; thread++)
+        for (num i = thread; i < B * H / G; i += threads) {
+            num b = i / (H / G), h_k = i % (H / G);
+            row *ks = (row *)(work + thread * room), *dks = ks + K, *dvs = dks + K, *qs = dvs + K, *dys = qs + Q,
+                *dqs = dys + Q;
+            float *kT = dqs[Q], *vT = kT + K * P, *l = vT + K * P, *delta = l + Q;
+            float p[BLOCK][BLOCK], ds[BLOCK][BLOCK];
+            rows(v, s[2], b, h_k, Tk, bf16, 1, ks), turn(ks, Tk, vT);
+            rows(k, s[1], b, h_k, Tk, bf16, 1, ks), turn(ks, Tk, kT);
+            memset(l, 0, 2 * Q * 4);
+            for (num h = h_k * G; h < (h_k + 1) * G; h++) {
+                rows(q, s[0], b, h, Tq, bf16, LOG2E * *scale, qs);  /* in base 2, as lse */
+                rows(dy, s[4], b, h, Tq, bf16, 1, dys);
+                for (num t = 0; t < Tq; t++) {
+                    row y;
+                    float sum = 0;
+                    read(o, b * s[3].b + h * s[3].h + t * s[3].t, bf16, 1, y);
+                    #pragma omp simd reduction(+:sum)
+                    for (num d = 0; d < D; d++) sum += y[d] * dys[t][d];
+                    delta[t] = sum, l[t] = LOG2E * lse[b * s[5].b + h * s[5].h + t * s[5].t];
+                }
+                for (num j = 0; j < Tk; j += BLOCK)
+                    for (num m = causal ? j : 0; m < Tq; m += BLOCK) {
+                        num first = h == h_k * G && m == (causal ? j : 0);  /* the first that dk and dv get */
+                        product(qs[m], P, 1, kT + j * P, BLOCK, p[0], BLOCK, BLOCK, D, 0);
+                        product(dys[m], P, 1, vT + j * P, BLOCK, ds[0], BLOCK, BLOCK, D, 0);
+                        for (num r = 0; r < BLOCK; r++) {
+                            float l_r = l[m + r], delta_r = delta[m + r];
+                            int seen = (causal && m + r + 1 < Tk ? m + r + 1 : Tk) - j;
+                            for (int n = 0; n < BLOCK; n++) {
+                                float e = ex2(p[r][n] - l_r);
+                                p[r][n] = e = n < seen ? e : 0;
+                                ds[r][n] = e * (ds[r][n] - delta_r);
+                            }
+                        }
+                        product(p[0], 1, BLOCK, dys[m], P, dvs[j], P, P, BLOCK, !first);
+                        product(ds[0], 1, BLOCK, qs[m], P, dks[j], P, P, BLOCK, !first);
+                        product(ds[0], BLOCK, 1, ks[j], P, dqs[m], P, P, BLOCK, j > 0);
+                    }
+                write(dqs, Tq, bf16, *scale, dq, s[6], b, h);
+            }
+            write(dks, Tk, bf16, LN2, dk, s[7], b, h_k);  /* q came times LOG2E */
+            write(dvs, Tk, bf16, 1, dv, s[8], b, h_k);
+        }
+}
+"""
 
 
-class AttentionBF16(torch.autograd.Function):
-    """PyTorch's forward with a backward for short sequences in bf16 on a CPU: whole products of many heads at once
-    instead of small tiles, which keep its matrix units waiting. p and ds stay in cache, fp32; only products round."""
+@functools.cache
+def library(D):
+    """SOURCE for heads of size D."""
+    return compiled(f"enum {{ D = {D} }};" + SOURCE)
+
+
+class CompiledBackward(torch.autograd.Function):
+    """PyTorch's forward for a CPU, with the backward above. Causal: as many queries as keys."""
 
     @staticmethod
     def forward(ctx, q, k, v, causal, scale):
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+        all_k, all_v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) if q.shape[1] != k.shape[1] else t
+                        for t in (k, v))
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, all_k, all_v, 0.0, causal, scale=scale)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.how = causal, scale
         return o
@@ -93,27 +271,15 @@ class AttentionBF16(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
         q, k, v, o, lse = ctx.saved_tensors
-        (causal, scale), (B, H, T, _) = ctx.how, q.shape
-        grads, BM = [torch.empty_like(t) for t in (q, k, v)], 128 if causal else T
-        many = max(1, 2**19 // (H * BM * k.shape[2]))  # sequences at once
-        with rounded_products():
-            for i in range(0, B, many):
-                q_b, k_b, v_b, o_b, do_b = (
-                    t[i:i + many].to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 1)
-                    for t in (q, k, v, o, do))  # (b H, T, D)
-                delta, lse_b = (o_b * do_b).sum(-1, keepdim=True), lse[i:i + many].flatten(0, 1)[..., None]
-                q_b, dq, dk, dv = q_b * scale, torch.empty_like(q_b), torch.zeros_like(k_b), torch.zeros_like(v_b)
-                for m in range(0, T, BM):
-                    r, seen = slice(m, m + BM), slice(0, m + BM if causal else None)
-                    p = torch.bmm(q_b[:, r], k_b[:, seen].mT).sub_(lse_b[:, r]).exp_()
-                    if causal:  # after exp, which is slow where it meets infinities
-                        p[..., m:].tril_()
-                    ds = torch.bmm(do_b[:, r], v_b[:, seen].mT).sub_(delta[:, r]).mul_(p)
-                    dv[:, seen].baddbmm_(p.mT, do_b[:, r])
-                    dk[:, seen].baddbmm_(ds.mT, q_b[:, r])
-                    dq[:, r] = torch.bmm(ds, k_b[:, seen])
-                for grad, d in zip(grads, (dq.mul_(scale), dk, dv)):
-                    grad[i:i + many] = d.unflatten(0, (-1, H))
+        (causal, scale), (B, H, Tq, D), (Hkv, Tk), threads = ctx.how, q.shape, k.shape[1:3], torch.get_num_threads()
+        do = do if do.stride(3) == 1 else do.contiguous()
+        grads = [t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v)]
+        P, Q, K = (-(-n // m) * m for n, m in ((D, 16), (Tq, 64), (Tk, 64)))
+        room = P * (3 * Q + 5 * K) + 2 * Q
+        tensors = q, k, v, o, do, lse, *grads
+        call(library(D).backward, *tensors, torch.tensor([t.stride()[:3] for t in tensors]),
+             torch.empty(threads, room), room, torch.tensor(scale), int(q.dtype == torch.bfloat16), int(causal),
+             B, H, H // Hkv, Tq, Tk, threads)
         return *grads, None, None
 
 
@@ -123,11 +289,12 @@ def attention_torch(q, k, v, causal=True, scale=None, softcap=0.0):
     Tq, Tk, mask = q.shape[2], k.shape[2], None
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-    if (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and (Tq == Tk or not causal)
-            and 1 < Tk <= 512):
-        if q.shape[1] != k.shape[1]:
-            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
-        return AttentionBF16.apply(q, k, v, causal, q.shape[3] ** -0.5 if scale is None else scale)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if wanted and q.is_cpu and q.dtype == k.dtype == v.dtype and q.numel() and (Tq == Tk or not causal):
+        # PyTorch's backward is as fast for few keys in fp32, and takes up to three times as long in bf16
+        faster = q.dtype == torch.bfloat16 or q.dtype == torch.float32 and Tk > 128
+        if faster and not torch.compiler.is_compiling() and library(q.shape[3]):
+            return CompiledBackward.apply(q, k, v, causal, q.shape[3] ** -0.5 if scale is None else scale)
     if causal and 1 < Tq < Tk:  # PyTorch's is_causal aligns top left; one query sees every key
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
     return torch.nn.functional.scaled_dot_product_attention(

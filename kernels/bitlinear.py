@@ -14,7 +14,7 @@ BitLinear: a linear layer with ternary weights and 8-bit activations, behind an 
                                       2j, 2j+1 of byte (r, k) hold Wq + 1 of row r + j N/4, so N must be divisible by 4
 
 Shapes: x (..., K), g (K,), W (N, K), bytes (N/4, K) uint8, s fp32 -> y (..., N) in x's (or autocast's) dtype.
-K <= 8192 in kernels. Saved for backward: x, 1 / rms, xq with 1 / a, Wq with s: 5 K bytes a token beside x on a GPU (on
+K <= 16384 in kernels. Saved for backward: x, 1 / rms, xq with 1 / a, Wq with s: 5 K bytes a token beside x on a GPU (on
 a CPU xh and Wh in fp32, which backward multiplies with as they are). Wq is made anew in each forward pass: one pass
 over W, nothing beside the product of a batch.
 
@@ -77,16 +77,39 @@ def product(x, w, out=None, add=False):
 # A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C
 # here, which gcc or clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with
 # KERNELS_C=0, the plain form in PyTorch serves.
+HEADER = r"""
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+typedef int64_t num;
+static inline float bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static inline float from_bf16(uint16_t x) { return bits((uint32_t)x << 16); }
+static inline uint16_t to_bf16(float x) {  /* to nearest, ties to even; what is not a number stays so */
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+static inline float ex2(float x) {  /* 2^x: a polynomial for the fraction, the exponent's bits for the rest */
+    x = x < -126 ? -126 : x > 126 ? 126 : x;
+    float n = rintf(x), f = x - n, p = 1.54353e-4f * f + 1.3333558e-3f;
+    p = ((((p * f + 9.6181291e-3f) * f + 5.5504109e-2f) * f + 2.4022651e-1f) * f + 0.693147181f) * f + 1;
+    return p * bits((uint32_t)((int32_t)n + 127) << 23);
+}
+"""
+
+
 @functools.cache
 def compiled(source):
-    """The C source as a library, None without a compiler. Its loops run on PyTorch's OpenMP threads, loaded already."""
+    """HEADER + source as a library, or None without a compiler. Its loops run on PyTorch's own OpenMP threads."""
     cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if not cc or os.environ.get("KERNELS_C") == "0":
         return None
     flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
+    flags += ["-mprefer-vector-width=512"] if os.uname().machine == "x86_64" else []  # gcc's own choice is 256
     try:
         with tempfile.TemporaryDirectory() as tmp:
-            Path(tmp, "c.c").write_text(source)
+            Path(tmp, "c.c").write_text(HEADER + source)
             subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
             return ctypes.CDLL(str(Path(tmp, "c.so")))
     except (OSError, subprocess.CalledProcessError) as e:
@@ -228,18 +251,17 @@ def packed_linear_torch(x, g, packs, eps):
 # y[m, r + j R] = sum over k of x[m, k] (w - 1), w two bits of p[r, k]: w is summed, and the sum of x taken off at the
 # end. Plain C that gcc and clang turn into vectors: 16-bit products, added in pairs to 32 bits.
 SOURCE = r"""
-#include <stdint.h>
-void product(const uint8_t *p, const int8_t *x, float *y, int64_t R, int64_t K, int64_t M) {
-    for (int64_t m = 0; m < M; m++) {
+void product(const uint8_t *p, const int8_t *x, float *y, num R, num K, num M) {
+    for (num m = 0; m < M; m++) {
         int16_t wide[K];
         int32_t off = 0;
-        for (int64_t k = 0; k < K; k++) { wide[k] = x[m * K + k]; off += wide[k]; }
+        for (num k = 0; k < K; k++) { wide[k] = x[m * K + k]; off += wide[k]; }
         #pragma omp parallel for schedule(static) if (R * K > 65536)
-        for (int64_t r = 0; r < R; r++) {
+        for (num r = 0; r < R; r++) {
             const uint8_t *b = p + r * K;
             const int16_t *v = wide;
             int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-            for (int64_t k = 0; k < K; k++) {
+            for (num k = 0; k < K; k++) {
                 int16_t w = b[k];
                 s0 += (int16_t)(w & 3) * v[k];
                 s1 += (int16_t)(w >> 2 & 3) * v[k];
@@ -427,16 +449,22 @@ if triton is not None:
             dh = 0
             for dy, wq, s in zip(dys, wqs[::2], wqs[1::2]):
                 dh = dh + dy @ (wq * s).to(dy.dtype)
-            dx, dg = norm_bwd_op(dh, None, x, g, rstd[None], False)
-            return dx.view(*ctx.shape, -1), dg[0].to(g.dtype), None, *dws
+            if x.shape[1] <= 8192:
+                dx, dg = norm_bwd_op(dh, None, x, g, rstd[None], False)
+                dg = dg[0]
+            else:  # too wide for that kernel's registers
+                n, dh = x * rstd[:, None], dh.float()
+                dx, dg = dh * g, (dh * n).sum(0)
+                dx = rstd[:, None] * (dx - n * (dx * n).mean(1, keepdim=True))
+            return dx.to(x.dtype).view(*ctx.shape, -1), dg.to(g.dtype), None, *dws
 
 
 def check(x, g, matrices, columns):
     shapes = [tuple(t.shape) for t in (x, g, *matrices)]
     if g.shape != x.shape[-1:] or any(w.ndim != 2 or w.shape[1] != x.shape[-1] for w in matrices):
         raise ValueError(f"bit_linear: shapes {shapes}, expected x (..., K), g (K,) and {columns}")
-    if form(x) == "triton" and x.shape[-1] > 8192:
-        raise ValueError(f"bit_linear: rows of {x.shape[-1]} are too wide, at most 8192")
+    if form(x) == "triton" and x.shape[-1] > 16384:
+        raise ValueError(f"bit_linear: rows of {x.shape[-1]} are too wide, at most 16384")
 
 
 def quantize_weight(w):

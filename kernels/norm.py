@@ -34,7 +34,14 @@ Saved: x, w, b, mean and rstd; z is recomputed. A program does a group: up to 4,
 twice (x forward, x and dy backward), the second time from the cache: they are what the program has just read, 80 kB for
 10 channels of 64 x 64 in bf16.
 """
+import ctypes
+import functools
 import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
 
 import torch
 
@@ -53,6 +60,59 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+# ----- end -----
+
+
+# ----- c (shared) -----
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C
+# here, which gcc or clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with
+# KERNELS_C=0, the plain form in PyTorch serves.
+HEADER = r"""
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+typedef int64_t num;
+static inline float bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static inline float from_bf16(uint16_t x) { return bits((uint32_t)x << 16); }
+static inline uint16_t to_bf16(float x) {  /* to nearest, ties to even; what is not a number stays so */
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+static inline float ex2(float x) {  /* 2^x: a polynomial for the fraction, the exponent's bits for the rest */
+    x = x < -126 ? -126 : x > 126 ? 126 : x;
+    float n = rintf(x), f = x - n, p = 1.54353e-4f * f + 1.3333558e-3f;
+    p = ((((p * f + 9.6181291e-3f) * f + 5.5504109e-2f) * f + 2.4022651e-1f) * f + 0.693147181f) * f + 1;
+    return p * bits((uint32_t)((int32_t)n + 127) << 23);
+}
+"""
+
+
+@functools.cache
+def compiled(source):
+    """HEADER + source as a library, or None without a compiler. Its loops run on PyTorch's own OpenMP threads."""
+    cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if not cc or os.environ.get("KERNELS_C") == "0":
+        return None
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
+    flags += ["-mprefer-vector-width=512"] if os.uname().machine == "x86_64" else []  # gcc's own choice is 256
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            Path(tmp, "c.c").write_text(HEADER + source)
+            subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
+            return ctypes.CDLL(str(Path(tmp, "c.so")))
+    except (OSError, subprocess.CalledProcessError) as e:
+        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; "
+                      "KERNELS_C=0 asks for those")
+        return None
+
+
+def call(function, *args):
+    """function(*args): contiguous tensors or None as pointers, ints as int64. Fake tensors are only shapes: no call."""
+    if not any(isinstance(a, torch._subclasses.FakeTensor) for a in args):
+        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
+                   for a in args))
 # ----- end -----
 
 
@@ -77,28 +137,134 @@ def layer_norm_torch(x, w, b=None, eps=1e-5):
     return torch.nn.functional.layer_norm(x.float(), w.shape, w.float(), b, eps).to(x.dtype)
 
 
-class RMSNorm(torch.autograd.Function):
-    """PyTorch's own is several operators on a CPU; this takes about half its time there, and keeps x and rstd only."""
+def rms_norm_torch(x, w, eps=1e-6):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.nn.functional.rms_norm(x.to(wide), w.shape, w.to(wide), eps).to(x.dtype)
+
+
+# All norms of this file but GroupNorm, for a CPU: the formulas at the top, in one pass over the rows. They come in
+# parts: samples, with a w, b and gate of their own (adaLN), or each thread's share of the rows. ..16: is it bf16?
+SOURCE = r"""
+static inline void get(const void *x, num x16, num at, num C, float *to) {
+    if (x16) for (num c = 0; c < C; c++) to[c] = from_bf16(((uint16_t *)x)[at + c]);
+    else memcpy(to, (float *)x + at, 4 * C);
+}
+static inline void put(const float *x, num C, num to16, void *to, num at) {
+    if (to16) for (num c = 0; c < C; c++) ((uint16_t *)to)[at + c] = to_bf16(x[c]);
+    else memcpy((float *)to + at, x, 4 * C);
+}
+
+/* stats (M, 2): mean and rstd. own: C where a part has its own w, b and gate, else 0 */
+void forward(const void *x, const void *r, const float *gate, const float *w, const float *b, void *y, void *s,
+             float *stats, num parts, num M, num C, num own, const float *eps, num center, num x16, num r16, num y16) {
+    num T = (M + parts - 1) / parts;
+    #pragma omp parallel for schedule(static)
+    for (num p = 0; p < parts; p++)
+        for (num m = p * T; m < M && m < (p + 1) * T; m++) {
+            float v[C], u[C], mean = 0, var = 0;
+            const float *w_p = w + p * own, *b_p = b + p * own, *g_p = gate + p * own;
+            get(x, x16, m * C, C, v);
+            if (r) {
+                get(r, r16, m * C, C, u);
+                if (gate) for (num c = 0; c < C; c++) v[c] += g_p[c] * u[c];
+                else for (num c = 0; c < C; c++) v[c] += u[c];
+                put(v, C, y16, s, m * C);
+                if (y16) get(s, 1, m * C, C, v);  /* s as it is stored */
+            }
+            #pragma omp simd reduction(+:mean)
+            for (num c = 0; c < C; c++) mean += v[c];
+            mean = center ? mean / C : 0;
+            #pragma omp simd reduction(+:var)
+            for (num c = 0; c < C; c++) var += (v[c] - mean) * (v[c] - mean);
+            float rstd = 1 / sqrtf(var / C + *eps);
+            if (b) for (num c = 0; c < C; c++) v[c] = (v[c] - mean) * rstd * w_p[c] + b_p[c];
+            else for (num c = 0; c < C; c++) v[c] = (v[c] - mean) * rstd * w_p[c];
+            put(v, C, y16, y, m * C);
+            stats[2 * m] = mean, stats[2 * m + 1] = rstd;
+        }
+}
+
+/* sums (parts, 3, C): dw, db, dgate. dr: where it is not dx; r: where there is a gate */
+void backward(const void *dy, const void *ds, const void *s, const void *r, const float *gate, const float *w,
+              const float *stats, void *dx, void *dr, float *sums, num parts, num M, num C, num own, num center,
+              num x16, num r16, num y16) {
+    num T = (M + parts - 1) / parts;
+    #pragma omp parallel for schedule(static)
+    for (num p = 0; p < parts; p++) {
+        float *dw = sums + p * 3 * C, *db = dw + C, *dg = db + C;
+        const float *w_p = w + p * own, *g_p = gate + p * own;
+        memset(dw, 0, 12 * C);
+        for (num m = p * T; m < M && m < (p + 1) * T; m++) {
+            float n[C], g[C], u[C], mean_g = 0, mean_gn = 0, mean = stats[2 * m], rstd = stats[2 * m + 1];
+            get(s, y16, m * C, C, n);
+            get(dy, y16, m * C, C, g);
+            #pragma omp simd reduction(+:mean_g, mean_gn)
+            for (num c = 0; c < C; c++) {
+                n[c] = (n[c] - mean) * rstd;
+                dw[c] += g[c] * n[c], db[c] += g[c];
+                g[c] *= w_p[c];
+                mean_g += g[c], mean_gn += g[c] * n[c];
+            }
+            mean_g = center ? mean_g / C : 0, mean_gn /= C;
+            for (num c = 0; c < C; c++) g[c] = rstd * (g[c] - mean_g - n[c] * mean_gn);
+            if (ds) {
+                get(ds, y16, m * C, C, u);
+                for (num c = 0; c < C; c++) g[c] += u[c];
+            }
+            put(g, C, x16, dx, m * C);
+            if (gate) {
+                get(r, r16, m * C, C, u);
+                for (num c = 0; c < C; c++) dg[c] += g[c] * u[c], g[c] *= g_p[c];
+            }
+            if (dr) put(g, C, r16, dr, m * C);
+        }
+    }
+}
+"""
+
+
+class CompiledNorm(torch.autograd.Function):
+    """-> y, or with r: y, s. w, b and gate (C,), or (B, C) for x (B, T, C)."""
 
     @staticmethod
-    def forward(ctx, x, w, eps):
-        h = x.to(torch.promote_types(x.dtype, torch.float32))
-        rstd = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(h.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, w, rstd)
-        return (h * rstd).mul_(w).to(x.dtype)
+    def forward(ctx, x, r, gate, w, b, eps, center):
+        x, r = x.contiguous(), None if r is None else r.contiguous()
+        C, parts = x.shape[-1], len(w) if w.ndim == 2 else torch.get_num_threads()
+        s = x if r is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, r.dtype))
+        y, stats = torch.empty_like(s), x.new_empty(x.numel() // C, 2, dtype=torch.float32)
+        wide = [None if t is None else t.float().contiguous() for t in (gate, w, b)]
+        ctx.how = parts, x.numel() // C, C, C if w.ndim == 2 else 0
+        ctx.center, ctx.dtypes = int(center), [None if t is None else t.dtype for t in (x, r, gate, w, b)]
+        is16 = [int(t is not None and t.dtype == torch.bfloat16) for t in (x, r, y)]
+        call(compiled(SOURCE).forward, x, r, *wide, y, s, stats, *ctx.how, torch.tensor(eps), ctx.center, *is16)
+        ctx.is16 = is16
+        ctx.save_for_backward(s, None if gate is None else r, *wide[:2], stats)
+        ctx.set_materialize_grads(False)  # where s is not used on: not a tensor of zeros to read
+        return y if r is None else (y, s)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, w, rstd = ctx.saved_tensors
-        n, wide = x * rstd, w.to(rstd.dtype)
-        t = n * dy
-        dw, mean = t.flatten(0, -2).sum(0), torch.mv(t.flatten(0, -2), wide).div_(-len(w)).view_as(rstd)  # -mean(g n)
-        return torch.mul(wide, dy, out=t).addcmul_(n, mean).mul_(rstd).to(x.dtype), dw.to(w.dtype), None
+    def backward(ctx, dy, ds=None):
+        s, r, gate, w, stats = ctx.saved_tensors
+        x_type, r_type, *others = ctx.dtypes
+        dy = torch.zeros_like(s) if dy is None else dy.contiguous()
+        dx = torch.empty_like(s, dtype=x_type)
+        dr = torch.empty_like(s, dtype=r_type) if r_type and (r_type != x_type or gate is not None) else None
+        sums = w.new_empty(ctx.how[0], 3, w.shape[-1])
+        call(compiled(SOURCE).backward, dy, None if ds is None else ds.contiguous(), s, r, gate, w, stats, dx, dr, sums,
+             *ctx.how, ctx.center, *ctx.is16)
+        dw, db, dgate = (sums if w.ndim == 2 else sums.sum(0, keepdim=True)).unbind(1)
+        dgate, dw, db = (None if t is None else (d if w.ndim == 2 else d[0]).to(t)
+                         for d, t in zip((dgate, dw, db), others))
+        return dx, None if not r_type else dx if dr is None else dr, dgate, dw, db, None, None
 
 
-def rms_norm_torch(x, w, eps=1e-6):
-    return RMSNorm.apply(x, w, eps)
+def compiles(*tensors):
+    """Whether SOURCE can serve: on a CPU, fp32 or bf16, and enough of it to be worth the call."""
+    x = tensors[0]
+    dtypes = {t.dtype for t in tensors if t is not None}
+    return (x.is_cpu and x.numel() >= 16384 and dtypes <= {torch.float32, torch.bfloat16}
+            and not torch.compiler.is_compiling() and compiled(SOURCE) is not None)
 
 
 if triton is not None:
@@ -243,36 +409,47 @@ if triton is not None:
         return norm_op(x.contiguous(), None if r is None else r.contiguous(), w, b, eps, center)[:2]
 
 
+def norm(x, r, w, b, eps, center):
+    """-> y, s, where s = x or x + r. form() has said "torch"."""
+    if not (center and r is None) and compiles(x, r, w, b):  # PyTorch's own LayerNorm takes one pass, too
+        return (CompiledNorm.apply(x, None, None, w, b, eps, center), x) if r is None else CompiledNorm.apply(
+            x, r, None, w, b, eps, center)
+    s = x if r is None else x + r
+    return layer_norm_torch(s, w, b, eps) if center else rms_norm_torch(s, w, eps), s
+
+
 def layer_norm(x, w, b=None, eps=1e-5):
     """x (..., C), w and b (C,) -> y (..., C) in x's dtype. ValueError: shapes that do not fit, C > 8192 (on a GPU)."""
     which = form(x)
-    if which == "triton":
-        return norm_triton(x, None, w, b, eps, True)[0]
-    return layer_norm_ref(x, w, b, eps) if which == "ref" else layer_norm_torch(x, w, b, eps)
+    if which == "ref":
+        return layer_norm_ref(x, w, b, eps)
+    return (norm_triton if which == "triton" else norm)(x, None, w, b, eps, True)[0]
 
 
 def rms_norm(x, w, eps=1e-6):
     """x (..., C), w (C,) -> y (..., C) in x's dtype. Errors as layer_norm."""
     which = form(x)
-    if which == "triton":
-        return norm_triton(x, None, w, None, eps, False)[0]
-    return rms_norm_ref(x, w, eps) if which == "ref" else rms_norm_torch(x, w, eps)
+    if which == "ref":
+        return rms_norm_ref(x, w, eps)
+    return (norm_triton if which == "triton" else norm)(x, None, w, None, eps, False)[0]
 
 
 def add_layer_norm(x, r, w, b=None, eps=1e-5):
     """x, r (..., C), w and b (C,) -> y = layer_norm(s), s = x + r, both in x + r's dtype. Errors as layer_norm."""
-    if form(x) == "triton":
-        return norm_triton(x, r, w, b, eps, True)
-    s = x + r
-    return layer_norm(s, w, b, eps), s
+    which = form(x)
+    if which == "ref":
+        s = x + r
+        return layer_norm_ref(s, w, b, eps), s
+    return (norm_triton if which == "triton" else norm)(x, r, w, b, eps, True)
 
 
 def add_rms_norm(x, r, w, eps=1e-6):
     """x, r (..., C), w (C,) -> y = rms_norm(s), s = x + r, both in x + r's dtype. Errors as layer_norm."""
-    if form(x) == "triton":
-        return norm_triton(x, r, w, None, eps, False)
-    s = x + r
-    return rms_norm(s, w, eps), s
+    which = form(x)
+    if which == "ref":
+        s = x + r
+        return rms_norm_ref(s, w, eps), s
+    return (norm_triton if which == "triton" else norm)(x, r, w, None, eps, False)
 
 
 # ---------------------------------------------------------------- adaLN's modulation
@@ -293,32 +470,9 @@ def add_modulate_ref(x, r, gate, shift, scale, eps=1e-6):
     return modulate_ref(s, shift, scale, eps), s
 
 
-class Modulate(torch.autograd.Function):
-    """The CPU's form: LayerNorm whose weight 1 + scale and bias shift are a sample's; backward is PyTorch's own, a
-    sample at a time, which gives dscale and dshift as the gradients of weight and bias without keeping or making n."""
-
-    @staticmethod
-    def forward(ctx, x, shift, scale, eps):
-        n, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-        weight = 1 + scale
-        ctx.save_for_backward(x, mean, rstd, weight)
-        return n.mul_(weight[:, None]).add_(shift[:, None])
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, mean, rstd, weight = ctx.saved_tensors
-        back = torch.ops.aten.native_layer_norm_backward
-        parts = [back(g.contiguous(), a, a.shape[-1:], m, r, w, w, (True, True, True))
-                 for g, a, m, r, w in zip(dy, x, mean, rstd, weight)]
-        dx, dscale, dshift = (torch.stack(p) for p in zip(*parts))
-        return dx, dshift, dscale, None
-
-
 def modulate_torch(x, shift, scale, eps=1e-6):
-    shift, scale = shift.to(x.dtype), scale.to(x.dtype)
-    # smaller samples: the loop costs more than it saves
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[1] * x.shape[2] >= 16384:
-        return Modulate.apply(x.contiguous(), shift, scale, eps)
+    if compiles(x, shift, scale):
+        return CompiledNorm.apply(x, None, None, 1 + scale.float(), shift, eps, True)
     n = torch.nn.functional.layer_norm(x.float() if x.dtype != torch.float64 else x, x.shape[-1:], eps=eps)
     return (n * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
 
@@ -481,9 +635,12 @@ def modulate(x, shift, scale, eps=1e-6):
 def add_modulate(x, r, gate, shift, scale, eps=1e-6):
     """x, r (B, T, C), gate, shift and scale (B, C) -> y = modulate(s), s = x + gate r, both in x + r's dtype.
     Errors as modulate."""
-    if form(x) == "triton":
+    which = form(x)
+    if which == "triton":
         return modulate_triton(x, r, gate, shift, scale, eps)
-    s = torch.addcmul(x, gate[:, None], r)
+    if which == "torch" and compiles(x, r, gate, shift, scale):
+        return CompiledNorm.apply(x, r, gate, 1 + scale.float(), shift, eps, True)
+    s = torch.addcmul(x, gate[:, None], r).to(torch.promote_types(x.dtype, r.dtype))
     return modulate(s, shift, scale, eps), s
 
 

@@ -182,21 +182,30 @@ def test_torch_form(name):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("causal,T,S", [(True, 300, 300), (False, 70, 90), (True, 64, 64)])
-def test_bf16_on_a_cpu(causal, T, S):
-    """Its own backward, in blocks of queries and of sequences: within bf16's rounding of the definition in fp64; other
-    products stay as exact as they were."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal,T,S,D", [(True, 300, 300, 32), (False, 70, 190, 20), (False, 1, 129, 130),
+                                          (True, 192, 192, 64), (True, 257, 257, 48)])
+@pytest.mark.parametrize("compiler", [True, False])
+def test_on_a_cpu(causal, T, S, D, dtype, compiler, monkeypatch):
+    """Backward as loops in C and as PyTorch's own: within the dtype's rounding of the definition in fp64, for GQA,
+    views of one packed tensor, and sizes that fill no block."""
+    if compiler and A.compiled("") is None:
+        pytest.skip("no C compiler here")
+    monkeypatch.setattr(A, "compiled", A.compiled if compiler else lambda source: None)
+    A.library.cache_clear()
     g = torch.Generator().manual_seed(T)
-    inputs = [torch.randn(6, n, t, 32, generator=g).bfloat16().requires_grad_() for n, t in ((6, T), (2, S), (2, S))]
-    do, before = torch.randn(6, 6, T, 32, generator=g).bfloat16(), torch.backends.mkldnn.matmul.fp32_precision
-    got = A.attention(*inputs, causal)
-    assert got.grad_fn.name() == "AttentionBF16Backward"
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    want = A.attention_ref(*exact, causal)
-    for a, b in zip((got, *torch.autograd.grad(got, inputs, do)),
+    q = torch.randn(3, T, 4, D, generator=g).to(dtype).requires_grad_()
+    kv = torch.randn(3, S, 4, D, generator=g).to(dtype).requires_grad_()  # two heads of k, two of v
+    do = torch.randn(3, 4, T, D, generator=g).to(dtype)
+    views = lambda q, kv: (q.transpose(1, 2), *(t.transpose(1, 2) for t in kv.split(2, 2)))
+    got = A.attention(*views(q, kv), causal)
+    assert (got.grad_fn.name() == "CompiledBackwardBackward") == compiler
+    exact = [t.detach().double().requires_grad_() for t in (q, kv)]
+    want = A.attention_ref(*views(*exact), causal)
+    for a, b in zip((got, *torch.autograd.grad(got, (q, kv), do)),
                     (want, *torch.autograd.grad(want, exact, do.double()))):
-        assert (a - b).norm() < 6e-3 * b.norm()
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+        assert a.dtype == dtype and (a - b).norm() < (6e-3 if dtype == torch.bfloat16 else 2e-6) * b.norm()
+    A.library.cache_clear()
 
 
 def test_ref_is_the_loop():

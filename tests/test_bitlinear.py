@@ -39,8 +39,8 @@ def inferred(f):
 
 
 def test_numerics():
-    """Ragged rows and columns, one token, several layers behind one norm; every gradient."""
-    sizes = [((1,), 33, [5, 1]), ((2, 9), 64, [40, 8]), ((70,), 97, [3, 66])]
+    """Ragged rows and columns, one token, several layers behind one norm, rows of BitNet 3B's width; every gradient."""
+    sizes = [((1,), 33, [5, 1]), ((2, 9), 64, [40, 8]), ((70,), 97, [3, 66]), ((3,), 8640, [5])]
     K.check_numerics(trained(L.bit_linear), trained(L.bit_linear_ref), training_cases(*sizes), dtypes=(torch.float32,))
     K.check_numerics(trained(L.bit_linear), trained(L.bit_linear_ref), training_cases(((2, 9), 64, [24, 8])),
                      dtypes=(torch.bfloat16,))
@@ -185,7 +185,7 @@ def bench_cases():
 
 def launches():
     """Training in both dtypes and tilings, the widest rows, packed products of one token and of many."""
-    for dtype, M, k, N in ((torch.bfloat16, 256, 768, 256), (torch.float32, 64, 8192, 64)):
+    for dtype, M, k, N in ((torch.bfloat16, 256, 768, 256), (torch.float32, 64, 8192, 64), (torch.bfloat16, 64, 8640, 64)):
         x, g, w = (torch.empty(s, dtype=dtype, requires_grad=True) for s in ((M, k), (k,), (N, k)))
         L.bit_linear(x, g, [w])
     for M in (1, 256):
@@ -220,5 +220,5 @@ def test_registration(monkeypatch):
         assert y.shape == (2, 8, 12) and y.dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"\(5, 24\), \(24,\), \(8, 23\)"):
         L.bit_linear(x, g, [ws[1][:, 1:]])
-    with pytest.raises(ValueError, match="at most 8192"):
-        L.bit_linear(torch.empty(1, 8193), torch.empty(8193), [torch.empty(4, 8193)])
+    with pytest.raises(ValueError, match="at most 16384"):
+        L.bit_linear(torch.empty(1, 16385), torch.empty(16385), [torch.empty(4, 16385)])

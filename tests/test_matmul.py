@@ -1,4 +1,6 @@
 """kernels/matmul.py: the GEMM and the linear layer in the interpreter, as machine code, and in bytes."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,10 +99,26 @@ def test_onednn(trained, monkeypatch):
             assert (found - want).abs().max() < 1e-5 * want.abs().max()
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bf16_on_a_cpu(transposed):
+    """Under autocast a layer with a bias is one call of oneDNN, and equals F.linear's as far as bf16 goes."""
+    if not mm.ONEDNN_BF16:
+        pytest.skip("oneDNN has no bf16 on this machine")
+    x, w, b = leaves((3, 50, 40), (40, 72) if transposed else (72, 40), (72,))
+    dy, results = torch.randn(3, 50, 72).bfloat16(), []
+    for f in (mm.linear, torch.nn.functional.linear):
+        with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as seen:
+            y = f(x, w.t() if transposed else w, b)
+        assert any("_linear_pointwise" in e.key for e in seen.key_averages()) == (f is mm.linear)
+        results.append([y, *torch.autograd.grad(y, (x, w, b), dy)])
+    for got, want in zip(*results):
+        assert got.dtype == want.dtype and got.stride() == want.stride()
+        assert (got - want).norm() < 6e-3 * want.norm()
+
+
 @pytest.mark.parametrize("compiler", [True, False])
 def test_gelu_on_a_cpu(compiler, monkeypatch):
-    """Both forms against fp64, where gelu is steep, flat and far out. What is strided, bf16 or
-    fp64 is PyTorch's."""
+    """Both forms against fp64, where gelu is steep, flat and far out. What is strided or fp64 is PyTorch's."""
     if compiler and mm.compiled(mm.SOURCE) is None:
         pytest.skip("no C compiler here")
     monkeypatch.setattr(mm, "compiled", mm.compiled if compiler else lambda source: None)
@@ -111,7 +129,13 @@ def test_gelu_on_a_cpu(compiler, monkeypatch):
     assert ((y - want).abs() < 4e-7 * (1 + want.abs())).all()
     (dz,), (dwant,) = torch.autograd.grad(y.sum(), z), torch.autograd.grad(want.sum(), wide)
     assert (dz - dwant).abs().max() < 2.5e-6  # PyTorch's: 1.04e-6, C: 1.97e-6
-    for other in (torch.randn(4, 6).t(), torch.randn(5).bfloat16(), torch.randn(5).double()):
+    z16, special = z.detach().bfloat16().requires_grad_(), torch.tensor([math.nan, math.inf, -9.0]).bfloat16()
+    y16, wide = mm.gelu(z16), z16.detach().double().requires_grad_()
+    want = torch.nn.functional.gelu(wide, approximate="tanh")
+    for a, b in ((y16, want), (torch.autograd.grad(y16.sum(), z16)[0], torch.autograd.grad(want.sum(), wide)[0])):
+        assert a.dtype == torch.bfloat16 and ((a - b).abs() <= 2**-8 * b.abs() + 4e-6).all()  # bf16's own rounding
+    assert mm.gelu(special).isnan().tolist() == [True, False, False] and mm.gelu(special)[1] == math.inf
+    for other in (torch.randn(4, 6).t(), torch.randn(5).double()):
         assert torch.equal(mm.gelu(other), torch.nn.functional.gelu(other, approximate="tanh"))
 
 

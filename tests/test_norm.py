@@ -115,6 +115,40 @@ def test_torch_form(name):
                 torch.testing.assert_close(a, b, rtol=tol, atol=tol)
 
 
+@pytest.mark.parametrize("compiler", [True, False])
+@pytest.mark.parametrize("x_type,r_type", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize("name", "layer_norm rms_norm add_layer_norm add_rms_norm modulate add_modulate".split())
+def test_on_a_cpu(name, x_type, r_type, compiler, monkeypatch):
+    """Rows enough for the loop in C, a number of them that threads do not divide: outputs and every gradient against
+    fp64, also where only one of two outputs is used, and in plain PyTorch."""
+    if compiler and norm.compiled(norm.SOURCE) is None:
+        pytest.skip("no C compiler here")
+    monkeypatch.setattr(norm, "compiled", norm.compiled if compiler else lambda source: None)
+    g, (B, T, C) = torch.Generator().manual_seed(1), (3, 67, 100)
+    added, sample = name.startswith("add"), name.endswith("modulate")
+    x, r = (torch.randn(B, T, C, generator=g).to(getattr(torch, t)) for t in (x_type, r_type))
+    rest = [torch.randn((B, C) if sample else C, generator=g) for _ in range(2 + (added and sample))]
+    if name.endswith("rms_norm"):
+        rest = rest[:1]
+    args = [t.requires_grad_() for t in ([x, r] if added else [x]) + rest]
+    out_type = torch.promote_types(x.dtype, r.dtype) if added else x.dtype
+    dy = [torch.randn(B, T, C, generator=g).to(out_type) for _ in range(1 + added)]
+    tol = 1e-5 if torch.bfloat16 not in (x.dtype, r.dtype) else 1e-2
+    wide = [t.detach().double().requires_grad_() for t in args]
+    listed = lambda out: list(out) if added else [out]
+    got = listed(getattr(norm, name)(*args))
+    stream = wide[0] if not added else wide[0] + (wide[2][:, None] * wide[1] if sample else wide[1])
+    ref = [getattr(norm, name.removeprefix("add_") + "_ref")(stream, *wide[-len(rest) + (added and sample):]), stream]
+    if compiler and name != "layer_norm":
+        assert "CompiledNorm" in got[0].grad_fn.name()
+    for used in range(1, 1 + len(got)):
+        grads = torch.autograd.grad(got[:used], args, dy[:used], retain_graph=True)
+        want = torch.autograd.grad(ref[:used], wide, [d.double() for d in dy[:used]], retain_graph=True)
+        assert [t.dtype for t in got] == [out_type] * len(got)
+        for a, b, like in zip([*got, *grads], [*ref[:len(got)], *want], [*got, *args]):
+            assert a.dtype == like.dtype and (a - b).norm() < tol * b.norm()
+
+
 @pytest.fixture
 def triton_form(monkeypatch):
     monkeypatch.setattr(norm, "KERNELS", "triton")
