@@ -492,11 +492,6 @@ class Block(nn.Module):
         return self.upsamplers[0](x) if self.upsamplers else x
 
 
-def layout(x):
-    """The order in memory that convolutions are fastest with: channels innermost on a GPU, outermost on a CPU."""
-    return torch.channels_last if x.is_cuda else torch.contiguous_format
-
-
 def doubled(x, w, b):
     """A 3 x 3 convolution of x with every pixel four times, computed at the small size. An even row of the result sees
     rows i - 1 and i, with weights w_0 and w_1 + w_2, an odd row i and i + 1, with w_0 + w_1 and w_2; so do columns:
@@ -507,7 +502,7 @@ def doubled(x, w, b):
     for i, k in enumerate(halves(w, 2)):
         pair = [F.conv2d(p[:, :, i : i + h + 1, j : j + n + 1], q, b) for j, q in enumerate(halves(k, 3))]
         rows.append(torch.stack(pair, 4))  # (B, O, h, n, 2)
-    return torch.stack(rows, 3).reshape(B, O, 2 * h, 2 * n).contiguous(memory_format=layout(x))
+    return torch.stack(rows, 3).reshape(B, O, 2 * h, 2 * n).contiguous(memory_format=torch.channels_last)
 
 
 class Resample(nn.Module):
@@ -611,7 +606,7 @@ class Model(Diffusion):
             text = torch.where(drop[:, None, None], none.to(text.dtype), text)
         e = sinusoids(t, self.cfg.widths[0])
         e = F.silu(self.time_embedding.linear_2(F.silu(self.time_embedding.linear_1(e))))  # (B, 4 widths[0])
-        x = self.conv_in(x.contiguous(memory_format=layout(x)))
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [x]
         for block in self.down_blocks:
             x = block(x, e, text, mask, leave=skips)
@@ -628,9 +623,9 @@ class Model(Diffusion):
         return super().loss_at(x0, cond, u, noise, mask)
 
     def prepare(self, cast):
-        """Before training: the weights of convolutions in the order of the pictures."""
+        """Before training: the weights of convolutions with their channels last, as the pictures lie."""
         for p in (p for p in self.parameters() if p.ndim == 4):
-            p.data = p.data.contiguous(memory_format=layout(p))
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
 
     def param_groups(self, weight_decay):
         """Matrices and convolutions decay, vectors do not; `matrix` marks what Muon may orthogonalise."""
@@ -770,13 +765,13 @@ class VAE(nn.Module):
 
     def encode(self, x):
         """x (B, 3 or 1, h, w) in [-1, 1] -> mean and logvar (B, latent, h', w'), not scaled."""
-        h = self.encoder(x.expand(-1, 3, -1, -1).contiguous(memory_format=layout(x)))
+        h = self.encoder(x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last))
         mean, logvar = self.quant_conv(h).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)
 
     def decode(self, z):
         """z, not scaled -> x (B, 3, h, w)."""
-        return self.decoder(self.post_quant_conv(z.contiguous(memory_format=layout(z))))
+        return self.decoder(self.post_quant_conv(z.contiguous(memory_format=torch.channels_last)))
 
     def loss_at(self, x0, cond, u, noise, mask=None):
         """The squared error of a sample from q, and a little of KL(q || N(0, 1)) (Kingma & Welling 2013,

@@ -106,6 +106,8 @@ def train(name, module, me, flags, peers, n, bf16):
     torch.manual_seed(0)
     model = module.Model(cfg)
     goal = model.objective() if pictures else model
+    if hasattr(model, "prepare"):
+        model.prepare(bf16)
     # no peer averages its weights
     made[me] = stepper(goal, [o for o in module.make_optimizers(model, cfg) if not hasattr(o, "swap")], bf16)
     for peer, make in PEERS.get(me, {}).items():

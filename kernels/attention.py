@@ -275,11 +275,11 @@ class CompiledBackward(torch.autograd.Function):
         do = do if do.stride(3) == 1 else do.contiguous()
         grads = [t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v)]
         P, Q, K = (-(-n // m) * m for n, m in ((D, 16), (Tq, 64), (Tk, 64)))
-        room = P * (3 * Q + 5 * K) + 2 * Q
+        work = torch.empty(threads, P * (3 * Q + 5 * K) + 2 * Q, dtype=torch.float32)
         tensors = q, k, v, o, do, lse, *grads
-        call(library(D).backward, *tensors, torch.tensor([t.stride()[:3] for t in tensors]),
-             torch.empty(threads, room), room, torch.tensor(scale), int(q.dtype == torch.bfloat16), int(causal),
-             B, H, H // Hkv, Tq, Tk, threads)
+        strides, scale = torch.tensor([t.stride()[:3] for t in tensors]), torch.tensor(scale, dtype=torch.float32)
+        call(library(D).backward, *tensors, strides, work, work.shape[1], scale, int(q.dtype == torch.bfloat16),
+             int(causal), B, H, H // Hkv, Tq, Tk, threads)
         return *grads, None, None
 
 

@@ -198,13 +198,31 @@ def quantize_weight_torch(w, scaled=False):
     return wq.mul_(s) if scaled else wq, s
 
 
+def in_c(*tensors):
+    """SOURCE's functions where they can serve, else None."""
+    fits = all(t.is_cpu and t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in tensors)
+    return compiled(SOURCE) if fits and not torch.compiler.is_compiling() else None
+
+
+def is16(*tensors):
+    return [int(t.dtype == torch.bfloat16) for t in tensors]
+
+
 class BitLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, g, eps, *weights):
         dtype, shape, x = out_dtype(x), x.shape[:-1], x.reshape(-1, x.shape[-1])
-        xh, a_inv, rstd = quantize_torch(x, g, eps)
-        xh = xh.mul_(a_inv).to(dtype)
-        whs = [quantize_weight_torch(w, scaled=True)[0].to(dtype) for w in weights]
+        c, ctx.g_dtype = in_c(x, *weights), g.dtype
+        if c and dtype in (torch.float32, torch.bfloat16):
+            g, rstd = g.float().contiguous(), x.new_empty(len(x), 1, dtype=torch.float32)
+            xh, whs = torch.empty_like(x, dtype=dtype), [torch.empty_like(w, dtype=dtype) for w in weights]
+            call(c.quantize, x, g, xh, rstd, *x.shape, torch.tensor(eps, dtype=torch.float32), *is16(x, xh))
+            for w, wh in zip(weights, whs):
+                call(c.ternary, w, wh, rstd.new_empty(-(-w.numel() // 1024)), w.numel(), *is16(w, wh))
+        else:
+            xh, a_inv, rstd = quantize_torch(x, g, eps)
+            xh = xh.mul_(a_inv).to(dtype)
+            whs = [quantize_weight_torch(w, scaled=True)[0].to(dtype) for w in weights]
         ctx.save_for_backward(x, g, rstd, xh, *whs)
         ctx.w_dtypes, ctx.shape = [w.dtype for w in weights], shape
         return tuple(product(xh, wh).view(*shape, -1) for wh in whs)
@@ -218,6 +236,12 @@ class BitLinear(torch.autograd.Function):
         dh = product(dys[0], whs[0].t())
         for dy, wh in zip(dys[1:], whs[1:]):
             product(dy, wh.t(), out=dh, add=True)
+        c = in_c(dh, x)
+        if c:
+            dx, threads = torch.empty_like(x), torch.get_num_threads()
+            dg = rstd.new_empty(threads, x.shape[1])
+            call(c.backward, dh, x, g.float().contiguous(), rstd, dx, dg, *x.shape, *is16(dh, x), threads)
+            return dx.view(*ctx.shape, -1), dg.sum(0).to(ctx.g_dtype), None, *dws
         # n = x rstd;  dg = sum over rows of dh n;  dx = rstd (dh g - n mean(dh g n))
         wide = rstd.dtype
         dh, xw = dh.to(wide), x.to(wide)
@@ -225,7 +249,7 @@ class BitLinear(torch.autograd.Function):
         dg = p.t() @ rstd[:, 0]
         c = (p @ g.to(wide)).unsqueeze(1).mul_(rstd**3).div_(-x.shape[1])
         dx = dh.mul_(g.to(wide)).mul_(rstd).addcmul_(xw, c)
-        return dx.to(x.dtype).view(*ctx.shape, -1), dg.to(g.dtype), None, *dws
+        return dx.to(x.dtype).view(*ctx.shape, -1), dg.to(ctx.g_dtype), None, *dws
 
 
 def packed_linear_torch(x, g, packs, eps):
@@ -248,8 +272,9 @@ def packed_linear_torch(x, g, packs, eps):
     return tuple(out)
 
 
-# y[m, r + j R] = sum over k of x[m, k] (w - 1), w two bits of p[r, k]: w is summed, and the sum of x taken off at the
-# end. Plain C that gcc and clang turn into vectors: 16-bit products, added in pairs to 32 bits.
+# For a CPU. product: y[m, r + j R] = sum over k of x[m, k] (w - 1), w two bits of p[r, k]: w is summed, and the sum of
+# x taken off at the end. Plain C that gcc and clang turn into vectors: 16-bit products, added in pairs to 32 bits. The
+# others are quantize_torch, quantize_weight_torch (scaled) and what BitLinear's backward does to dh, in one pass each.
 SOURCE = r"""
 void product(const uint8_t *p, const int8_t *x, float *y, num R, num K, num M) {
     for (num m = 0; m < M; m++) {
@@ -270,6 +295,89 @@ void product(const uint8_t *p, const int8_t *x, float *y, num R, num K, num M) {
             }
             float *out = y + m * 4 * R + r;
             out[0] = s0 - off; out[R] = s1 - off; out[2 * R] = s2 - off; out[3 * R] = s3 - off;
+        }
+    }
+}
+
+static inline void get(const void *x, num x16, num at, num n, float *to) {
+    if (x16) for (num i = 0; i < n; i++) to[i] = from_bf16(((uint16_t *)x)[at + i]);
+    else memcpy(to, (float *)x + at, 4 * n);
+}
+static inline void put(const float *x, num n, num to16, void *to, num at) {
+    if (to16) for (num i = 0; i < n; i++) ((uint16_t *)to)[at + i] = to_bf16(x[i]);
+    else memcpy((float *)to + at, x, 4 * n);
+}
+
+/* x (M, K) -> xh (M, K) = xq / a, rstd (M,) */
+void quantize(const void *x, const float *g, void *xh, float *rstd, num M, num K, const float *eps, num x16, num h16) {
+    #pragma omp parallel for schedule(static)
+    for (num m = 0; m < M; m++) {
+        float v[K], sum = 0, top = 0;
+        get(x, x16, m * K, K, v);
+        #pragma omp simd reduction(+:sum)
+        for (num k = 0; k < K; k++) sum += v[k] * v[k];
+        float r = 1 / sqrtf(sum / K + *eps);
+        #pragma omp simd reduction(max:top)
+        for (num k = 0; k < K; k++) {
+            v[k] *= r * g[k];
+            top = fabsf(v[k]) > top ? fabsf(v[k]) : top;
+        }
+        top = top > 1e-5f ? top : 1e-5f;
+        float a = 127 / top, a_inv = top / 127;
+        for (num k = 0; k < K; k++) v[k] = rintf(v[k] * a) * a_inv;
+        put(v, K, h16, xh, m * K);
+        rstd[m] = r;
+    }
+}
+
+/* w (n,) -> wh = s wq, s = the mean of |w|, by way of the sums of CHUNK each */
+enum { CHUNK = 1024 };
+void ternary(const void *w, void *wh, float *sums, num n, num w16, num h16) {
+    double total = 0;
+    #pragma omp parallel for schedule(static)
+    for (num j = 0; j < n; j += CHUNK) {
+        num m = n - j < CHUNK ? n - j : CHUNK;
+        float v[CHUNK], sum = 0;
+        get(w, w16, j, m, v);
+        #pragma omp simd reduction(+:sum)
+        for (num i = 0; i < m; i++) sum += fabsf(v[i]);
+        sums[j / CHUNK] = sum;
+    }
+    for (num j = 0; j < n; j += CHUNK) total += sums[j / CHUNK];
+    float s = total / n > 1e-5 ? total / n : 1e-5f, s_inv = 1 / s;
+    #pragma omp parallel for schedule(static)
+    for (num j = 0; j < n; j += CHUNK) {
+        num m = n - j < CHUNK ? n - j : CHUNK;
+        float v[CHUNK];
+        get(w, w16, j, m, v);
+        for (num i = 0; i < m; i++) {
+            float q = rintf(v[i] * s_inv);
+            v[i] = s * (q > 1 ? 1 : q < -1 ? -1 : q);
+        }
+        put(v, m, h16, wh, j);
+    }
+}
+
+/* n = x rstd:  dx = rstd (dh g - n mean(dh g n)),  dg (threads, K) = sums over each thread's rows of dh n */
+void backward(const void *dh, const void *x, const float *g, const float *rstd, void *dx, float *dg, num M, num K,
+              num d16, num x16, num threads) {
+    #pragma omp parallel for num_threads(threads)
+    for (num t = 0; t < threads; t++) {
+        float n[K], d[K], *dg_t = dg + t * K;
+        memset(dg_t, 0, 4 * K);
+        for (num m = M * t / threads; m < M * (t + 1) / threads; m++) {
+            float r = rstd[m], mean = 0;
+            get(x, x16, m * K, K, n), get(dh, d16, m * K, K, d);
+            #pragma omp simd reduction(+:mean)
+            for (num k = 0; k < K; k++) {
+                n[k] *= r;
+                dg_t[k] += d[k] * n[k];
+                d[k] *= g[k];
+                mean += d[k] * n[k];
+            }
+            mean /= K;
+            for (num k = 0; k < K; k++) d[k] = r * (d[k] - mean * n[k]);
+            put(d, K, x16, dx, m * K);
         }
     }
 }

@@ -144,7 +144,7 @@ def rms_norm_torch(x, w, eps=1e-6):
 
 # All norms of this file but GroupNorm, for a CPU: the formulas at the top, in one pass over the rows. They come in
 # parts: samples, with a w, b and gate of their own (adaLN), or each thread's share of the rows. ..16: is it bf16?
-SOURCE = r"""
+ROWS = r"""
 static inline void get(const void *x, num x16, num at, num C, float *to) {
     if (x16) for (num c = 0; c < C; c++) to[c] = from_bf16(((uint16_t *)x)[at + c]);
     else memcpy(to, (float *)x + at, 4 * C);
@@ -153,7 +153,8 @@ static inline void put(const float *x, num C, num to16, void *to, num at) {
     if (to16) for (num c = 0; c < C; c++) ((uint16_t *)to)[at + c] = to_bf16(x[c]);
     else memcpy((float *)to + at, x, 4 * C);
 }
-
+"""
+SOURCE = ROWS + r"""
 /* stats (M, 2): mean and rstd. own: C where a part has its own w, b and gate, else 0 */
 void forward(const void *x, const void *r, const float *gate, const float *w, const float *b, void *y, void *s,
              float *stats, num parts, num M, num C, num own, const float *eps, num center, num x16, num r16, num y16) {
@@ -236,8 +237,9 @@ class CompiledNorm(torch.autograd.Function):
         ctx.how = parts, x.numel() // C, C, C if w.ndim == 2 else 0
         ctx.center, ctx.dtypes = int(center), [None if t is None else t.dtype for t in (x, r, gate, w, b)]
         is16 = [int(t is not None and t.dtype == torch.bfloat16) for t in (x, r, y)]
-        call(compiled(SOURCE).forward, x, r, *wide, y, s, stats, *ctx.how, torch.tensor(eps), ctx.center, *is16)
         ctx.is16 = is16
+        eps = torch.tensor(eps, dtype=torch.float32)
+        call(compiled(SOURCE).forward, x, r, *wide, y, s, stats, *ctx.how, eps, ctx.center, *is16)
         ctx.save_for_backward(s, None if gate is None else r, *wide[:2], stats)
         ctx.set_materialize_grads(False)  # where s is not used on: not a tensor of zeros to read
         return y if r is None else (y, s)
@@ -656,28 +658,109 @@ def group_norm_silu_ref(x, w, b, groups, eps=1e-5, silu=True):
     return (z * torch.sigmoid(z) if silu else z).to(x.dtype)
 
 
-class GroupNormSiLU(torch.autograd.Function):
-    """z is computed again in backward: only x and two numbers a group are kept."""
+# For a CPU, channels last: a thread takes a sample, three times forward, twice backward, which then lies in its cache.
+GROUPS = ROWS + r"""
+/* the mean of each group's sums over n numbers, for each of its channels */
+static inline void share(const float *sums, num C, num G, num n, float *to) {
+    for (num g = 0; g < G; g++) {
+        float all = 0;
+        for (num c = g * (C / G); c < (g + 1) * (C / G); c++) all += sums[c];
+        for (num c = g * (C / G); c < (g + 1) * (C / G); c++) to[c] = all / n;
+    }
+}
+
+/* x, y (B, P, C); stats (B, 2, C): mean and rstd of the channel's group */
+void forward(const void *x, const float *w, const float *b, void *y, float *stats, num B, num P, num C, num G,
+             const float *eps, num silu, num x16) {
+    num n = P * (C / G);
+    #pragma omp parallel for schedule(static)
+    for (num i = 0; i < B; i++) {
+        float v[C], sum[C], *mean = stats + i * 2 * C, *rstd = mean + C;
+        memset(sum, 0, sizeof sum);
+        for (num p = 0; p < P; p++) {
+            get(x, x16, (i * P + p) * C, C, v);
+            for (num c = 0; c < C; c++) sum[c] += v[c];
+        }
+        share(sum, C, G, n, mean);
+        memset(sum, 0, sizeof sum);
+        for (num p = 0; p < P; p++) {
+            get(x, x16, (i * P + p) * C, C, v);
+            for (num c = 0; c < C; c++) sum[c] += (v[c] - mean[c]) * (v[c] - mean[c]);
+        }
+        share(sum, C, G, n, rstd);
+        for (num c = 0; c < C; c++) rstd[c] = 1 / sqrtf(rstd[c] + *eps);
+        for (num p = 0; p < P; p++) {
+            get(x, x16, (i * P + p) * C, C, v);
+            for (num c = 0; c < C; c++) v[c] = (v[c] - mean[c]) * rstd[c] * w[c] + b[c];
+            if (silu) for (num c = 0; c < C; c++) v[c] /= 1 + ex2(-1.44269504f * v[c]);
+            put(v, C, x16, y, (i * P + p) * C);
+        }
+    }
+}
+
+/* d = dL/dz of a pixel; n: x normed */
+static inline void step(const void *dy, const void *x, const float *w, const float *b, const float *mean,
+                        const float *rstd, num at, num C, num silu, num x16, float *d, float *n) {
+    get(dy, x16, at, C, d), get(x, x16, at, C, n);
+    for (num c = 0; c < C; c++) {
+        n[c] = (n[c] - mean[c]) * rstd[c];
+        float z = n[c] * w[c] + b[c], s = 1 / (1 + ex2(-1.44269504f * z));
+        d[c] *= silu ? s * (1 + z * (1 - s)) : 1;
+    }
+}
+
+/* sums (B, 2, C): of d and of d n */
+void backward(const void *dy, const void *x, const float *w, const float *b, const float *stats, void *dx, float *sums,
+              num B, num P, num C, num G, num silu, num x16) {
+    #pragma omp parallel for schedule(static)
+    for (num i = 0; i < B; i++) {
+        const float *mean = stats + i * 2 * C, *rstd = mean + C;
+        float d[C], n[C], a[C], c1[C], c2[C], *s1 = sums + i * 2 * C, *s2 = s1 + C;
+        memset(s1, 0, 8 * C);
+        for (num p = 0; p < P; p++) {
+            step(dy, x, w, b, mean, rstd, (i * P + p) * C, C, silu, x16, d, n);
+            for (num c = 0; c < C; c++) s1[c] += d[c], s2[c] += d[c] * n[c];
+        }
+        for (num c = 0; c < C; c++) a[c] = w[c] * s1[c];
+        share(a, C, G, P * (C / G), c1);
+        for (num c = 0; c < C; c++) a[c] = w[c] * s2[c];
+        share(a, C, G, P * (C / G), c2);
+        for (num p = 0; p < P; p++) {
+            step(dy, x, w, b, mean, rstd, (i * P + p) * C, C, silu, x16, d, n);
+            for (num c = 0; c < C; c++) d[c] = rstd[c] * (d[c] * w[c] - c1[c] - n[c] * c2[c]);
+            put(d, C, x16, dx, (i * P + p) * C);
+        }
+    }
+}
+"""
+
+
+class CompiledGroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b, groups, eps, silu):
+        (B, C), y, wide = x.shape[:2], torch.empty_like(x), [t.float().contiguous() for t in (w, b)]
+        stats = x.new_empty(B, 2, C, dtype=torch.float32)
+        ctx.how, ctx.dtypes = (B, x[0, 0].numel(), C, groups), (w.dtype, b.dtype)
+        ctx.flags = int(silu), int(x.dtype == torch.bfloat16)
+        call(compiled(GROUPS).forward, x, *wide, y, stats, *ctx.how, torch.tensor(eps, dtype=torch.float32), *ctx.flags)
+        ctx.save_for_backward(x, *wide, stats)
+        return y
 
     @staticmethod
-    def forward(ctx, x, w, b, groups, eps):
-        ctx.sizes = x.shape[0], x.shape[1], x[0, 0].numel(), groups
-        z, mean, rstd = torch.native_group_norm(x, w, b, *ctx.sizes, eps)
-        ctx.save_for_backward(x, w, b, mean, rstd)
-        ctx.eps = eps
-        return torch.nn.functional.silu(z, inplace=True)
-
-    @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, w, b, mean, rstd = ctx.saved_tensors
-        z = torch.native_group_norm(x, w, b, *ctx.sizes, ctx.eps)[0]
-        dz = torch.ops.aten.silu_backward(dy, z)
-        return *torch.ops.aten.native_group_norm_backward(dz, x, mean, rstd, w, *ctx.sizes, [True] * 3), None, None
+        x, *wide, stats = ctx.saved_tensors
+        dx, sums = torch.empty_like(x), torch.empty_like(stats)
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        call(compiled(GROUPS).backward, dy, x, *wide, stats, dx, sums, *ctx.how, *ctx.flags)
+        db, dw = (s.to(t) for s, t in zip(sums.sum(0), ctx.dtypes[::-1]))
+        return dx, dw, db, None, None, None
 
 
 def group_norm_silu_torch(x, w, b, groups, eps=1e-5, silu=True):
-    if silu and w.dtype == b.dtype == x.dtype and x.device.type == "cpu":
-        return GroupNormSiLU.apply(x, w, b, groups, eps)
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if last and compiles(x, w, b) and x.shape[1] % groups == 0:
+        return CompiledGroupNorm.apply(x, w, b, groups, eps, silu)
     wide = x if w.dtype == x.dtype else x.float()
     z = torch.nn.functional.group_norm(wide, groups, w.to(wide.dtype), b.to(wide.dtype), eps)
     return (torch.nn.functional.silu(z) if silu else z).to(x.dtype)

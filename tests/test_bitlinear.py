@@ -39,11 +39,13 @@ def inferred(f):
 
 
 def test_numerics():
-    """Ragged rows and columns, one token, several layers behind one norm, rows of BitNet 3B's width; every gradient."""
-    sizes = [((1,), 33, [5, 1]), ((2, 9), 64, [40, 8]), ((70,), 97, [3, 66]), ((3,), 8640, [5])]
+    """Ragged rows and columns, one token, several layers behind one norm; every gradient."""
+    sizes = [((1,), 33, [5, 1]), ((2, 9), 64, [40, 8]), ((70,), 97, [3, 66])]
     K.check_numerics(trained(L.bit_linear), trained(L.bit_linear_ref), training_cases(*sizes), dtypes=(torch.float32,))
     K.check_numerics(trained(L.bit_linear), trained(L.bit_linear_ref), training_cases(((2, 9), 64, [24, 8])),
                      dtypes=(torch.bfloat16,))
+    K.check_numerics(trained(L.bit_linear), trained(L.bit_linear_ref), training_cases(((3,), 8640, [5, 4])),
+                     dtypes=(torch.float32,))  # BitNet 3B's widest rows
 
 
 def test_numerics_packed():
@@ -92,6 +94,34 @@ def test_pack():
     assert L.pack(wq).tolist() == want and torch.equal(L.unpack(L.pack(wq)), wq)
     with pytest.raises(ValueError, match="6 rows"):
         L.pack(wq[:6])
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+@pytest.mark.parametrize("x_type,bf16", [("float32", False), ("float32", True), ("bfloat16", False)])
+def test_training_on_a_cpu(x_type, bf16, compiler, monkeypatch):
+    """In C and in PyTorch, fp32, autocast and bf16: the integers of the definition, and its gradients to rounding."""
+    if compiler and L.compiled(L.SOURCE) is None:
+        pytest.skip("no C compiler here")
+    monkeypatch.setattr(L, "compiled", L.compiled if compiler else lambda source: None)
+    x, g, ws = inputs((3, 67), 100, [40, 5000], torch.float32)
+    x = x.to(getattr(torch, x_type))
+    ws = [w.to(x.dtype) for w in ws]
+    args = [t.detach().requires_grad_() for t in (x, g, *ws)]
+    with torch.autocast("cpu", torch.bfloat16, bf16):
+        got = L.bit_linear(*args[:2], args[2:])
+    saved = got[0].grad_fn.saved_tensors[3:]  # xh, and a wh of each weight
+    xq, a_inv = L.quantize_ref(x, g)
+    for found, want in zip(saved, [xq.flatten(0, 1) * a_inv.flatten(0, 1), *(q * s for q, s in
+                                                                             map(L.quantize_weight_ref, ws))]):
+        # a rounding of one half may fall the other way, where rms is not the same to the last bit
+        far = (found - want).abs() > (2**-8 if found.dtype == torch.bfloat16 else 1e-6) * want.abs()
+        assert far.sum() <= far.numel() // 5000
+    wide = [t.detach().double().requires_grad_() for t in args]
+    want, dy = L.bit_linear_ref(*wide[:2], wide[2:]), [torch.randn(y.shape).to(y.dtype) for y in got]
+    tol = 2e-2 if got[0].dtype == torch.bfloat16 else 2e-3
+    for a, b, like in zip([*got, *torch.autograd.grad(got, args, dy)],
+                          [*want, *torch.autograd.grad(want, wide, [d.double() for d in dy])], [*got, *args]):
+        assert a.dtype == like.dtype and (a - b).norm() < tol * b.norm()
 
 
 @pytest.mark.parametrize("compiler", [True, False])
@@ -185,7 +215,8 @@ def bench_cases():
 
 def launches():
     """Training in both dtypes and tilings, the widest rows, packed products of one token and of many."""
-    for dtype, M, k, N in ((torch.bfloat16, 256, 768, 256), (torch.float32, 64, 8192, 64), (torch.bfloat16, 64, 8640, 64)):
+    for dtype, M, k, N in ((torch.bfloat16, 256, 768, 256), (torch.float32, 64, 8192, 64),
+                           (torch.bfloat16, 64, 8640, 64)):
         x, g, w = (torch.empty(s, dtype=dtype, requires_grad=True) for s in ((M, k), (k,), (N, k)))
         L.bit_linear(x, g, [w])
     for M in (1, 256):

@@ -332,6 +332,26 @@ def test_modulate_torch_form(name):
     assert [g.dtype for g in torch.autograd.grad(out, args, out)] == [t.dtype for t in args]
 
 
+@pytest.mark.parametrize("compiler", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_norm_on_a_cpu(dtype, compiler, monkeypatch):
+    """Channels last, enough of them for the loop in C: output and gradients against fp64, and in PyTorch."""
+    if compiler and norm.compiled(norm.GROUPS) is None:
+        pytest.skip("no C compiler here")
+    monkeypatch.setattr(norm, "compiled", norm.compiled if compiler else lambda source: None)
+    for silu in (True, False):
+        inputs_64 = group_inputs(3, 40, 13, 15, last=True)
+        args = [t.detach().to(dtype if i == 0 else torch.float32).requires_grad_() for i, t in enumerate(inputs_64)]
+        wide = [t.detach().double().requires_grad_() for t in args]
+        got, want = norm.group_norm_silu(*args, 8, silu=silu), norm.group_norm_silu_ref(*wide, 8, silu=silu)
+        assert (got.grad_fn.name() == "CompiledGroupNormBackward") == compiler
+        assert got.dtype == dtype and got.is_contiguous(memory_format=torch.channels_last)
+        dy = torch.randn_like(got)
+        for a, b in zip([got, *torch.autograd.grad(got, args, dy.contiguous())],
+                        [want, *torch.autograd.grad(want, wide, dy.double())]):
+            assert (a - b).norm() < (5e-3 if dtype == torch.bfloat16 else 2e-6) * b.norm()
+
+
 def test_group_norm_torch_form():
     for last in (False, True):
         x, w, b = group_inputs(2, 8, 5, 6, last=last, dtype=torch.float32)
