@@ -16,9 +16,16 @@ fp32 partial row of db per 64 rows or more, summed in a fixed order. Ten to thir
 bytes. gate and up may be the halves of one (..., 2F) tensor: they are not copied.
 
 Plain form: F.gelu, whose autograd keeps x (or x + b in place of x). For swiglu and relu2glu autograd would keep more
-than the inputs, so their backward is written by hand.
+than the inputs, so their backward is written by hand; on a CPU both are loops in C. kernels/grouped_gemm.py uses these.
 """
+import ctypes
+import functools
 import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +45,59 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+# ----- end -----
+
+
+# ----- c (shared) -----
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C
+# here, which gcc or clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with
+# KERNELS_C=0, the plain form in PyTorch serves.
+HEADER = r"""
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+typedef int64_t num;
+static inline float bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static inline float from_bf16(uint16_t x) { return bits((uint32_t)x << 16); }
+static inline uint16_t to_bf16(float x) {  /* to nearest, ties to even; what is not a number stays so */
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+static inline float ex2(float x) {  /* 2^x: a polynomial for the fraction, the exponent's bits for the rest */
+    x = x < -126 ? -126 : x > 126 ? 126 : x;
+    float n = rintf(x), f = x - n, p = 1.54353e-4f * f + 1.3333558e-3f;
+    p = ((((p * f + 9.6181291e-3f) * f + 5.5504109e-2f) * f + 2.4022651e-1f) * f + 0.693147181f) * f + 1;
+    return p * bits((uint32_t)((int32_t)n + 127) << 23);
+}
+"""
+
+
+@functools.cache
+def compiled(source):
+    """HEADER + source as a library, or None without a compiler. Its loops run on PyTorch's own OpenMP threads."""
+    cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if not cc or os.environ.get("KERNELS_C") == "0":
+        return None
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
+    flags += ["-mprefer-vector-width=512"] if os.uname().machine == "x86_64" else []  # gcc's own choice is 256
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            Path(tmp, "c.c").write_text(HEADER + source)
+            subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
+            return ctypes.CDLL(str(Path(tmp, "c.so")))
+    except (OSError, subprocess.CalledProcessError) as e:
+        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; "
+                      "KERNELS_C=0 asks for those")
+        return None
+
+
+def call(function, *args):
+    """function(*args): contiguous tensors or None as pointers, ints as int64. Fake tensors are only shapes: no call."""
+    if not any(isinstance(a, torch._subclasses.FakeTensor) for a in args):
+        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
+                   for a in args))
 # ----- end -----
 
 
@@ -70,40 +130,109 @@ def bias_gelu_torch(x, b):
     return F.gelu(x + b.to(x.dtype), approximate="tanh")
 
 
-class SwiGLU(torch.autograd.Function):
+# h = act(gate) up for a CPU, and back: rows of F numbers, each tensor's so far apart as its stride says. ACT: silu,
+# relu2 or gelu, of which PARTS gives value and slope.
+SOURCE = r"""
+static inline float sigmoid(float x) { return 1 / (1 + ex2(-1.44269504f * x)); }
+static inline void silu(float a, float *y, float *dy) {
+    float s = sigmoid(a);
+    *y = a * s, *dy = s + a * s * (1 - s);
+}
+static inline void relu2(float a, float *y, float *dy) {
+    float r = a > 0 ? a : 0;
+    *y = r * r, *dy = 2 * r;
+}
+static inline void gelu(float a, float *y, float *dy) {
+    float q = 0.044715f * a * a, s = sigmoid(1.59576912f * a * (1 + q));
+    *y = a * s, *dy = s + a * s * (1 - s) * 1.59576912f * (1 + 3 * q);
+}
+static inline float self(float x) { return x; }
+
+#define GLU(ACT, NAME, T, FROM, TO) \
+void ACT##_##NAME(const T *gate, const T *up, T *h, num M, num F, num s_gate, num s_up, num s_h) { \
+    _Pragma("omp parallel for schedule(static) if (M * F > 16384)") \
+    for (num m = 0; m < M; m++) \
+        for (num f = 0; f < F; f++) { \
+            float y, dy; \
+            ACT(FROM(gate[m * s_gate + f]), &y, &dy); \
+            h[m * s_h + f] = TO(y * FROM(up[m * s_up + f])); \
+        } \
+} \
+void ACT##_grad_##NAME(const T *gate, const T *up, const T *dh, T *dgate, T *dup, num M, num F, num s_gate, num s_up, \
+                       num s_dh, num s_dgate, num s_dup) { \
+    _Pragma("omp parallel for schedule(static) if (M * F > 16384)") \
+    for (num m = 0; m < M; m++) { \
+        T *dgate_m = dgate + m * s_dgate, *dup_m = dup + m * s_dup; \
+        _Pragma("omp simd") \
+        for (num f = 0; f < F; f++) { \
+            float y, dy, d = FROM(dh[m * s_dh + f]); \
+            ACT(FROM(gate[m * s_gate + f]), &y, &dy); \
+            dgate_m[f] = TO(d * FROM(up[m * s_up + f]) * dy), dup_m[f] = TO(d * y); \
+        } \
+    } \
+}
+#define BOTH(ACT) GLU(ACT, float32, float, self, self) GLU(ACT, bfloat16, uint16_t, from_bf16, to_bf16)
+BOTH(silu) BOTH(relu2) BOTH(gelu)
+"""
+PLAIN = {"silu": F.silu, "relu2": lambda a: F.relu(a).square(), "gelu": lambda a: F.gelu(a, approximate="tanh")}
+
+
+def in_c(name, *tensors):
+    """Call the loop of that name on rows of one width, each tensor's with its stride; False if it cannot serve."""
+    kinds = {(t.dtype, t.is_cpu) for t in tensors}
+    if kinds not in ({(torch.float32, True)}, {(torch.bfloat16, True)}) or torch.compiler.is_compiling():
+        return False
+    if any(t.ndim != 2 or t.stride(1) != 1 for t in tensors) or compiled(SOURCE) is None:
+        return False
+    function = getattr(compiled(SOURCE), f"{name}_{str(tensors[0].dtype)[6:]}")
+    call(function, *tensors, *tensors[0].shape, *(t.stride(0) for t in tensors))
+    return True
+
+
+def glu(gate, up, act):
+    """act(gate) up of (M, F) tensors; no gradient."""
+    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    return h if in_c(act, gate, up, h) else PLAIN[act](gate).mul_(up)
+
+
+def glu_grad(gate, up, dh, dgate, dup, act):
+    """dgate = dh up act'(gate), dup = dh act(gate), written into dgate and dup: all (M, F)."""
+    if in_c(f"{act}_grad", gate, up, dh, dgate, dup):
+        return
+    torch.mul(dh, PLAIN[act](gate), out=dup)
+    d = dh * up
+    if act == "relu2":
+        torch.mul(d, 2 * F.relu(gate), out=dgate)
+    elif act == "silu":
+        torch.ops.aten.silu_backward.grad_input(d, gate, grad_input=dgate)
+    else:
+        torch.ops.aten.gelu_backward.grad_input(d, gate, approximate="tanh", grad_input=dgate)
+
+
+class GLU(torch.autograd.Function):
+    """Keeps its inputs; autograd would keep more."""
+
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx, gate, up, act):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        ctx.act = act
+        return glu(*(t.reshape(-1, t.shape[-1]) for t in (gate, up)), act).view(gate.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+        gate, up, dh = (t.reshape(-1, t.shape[-1]) for t in (*ctx.saved_tensors, dy))
+        dgate, dup = (torch.empty(dy.shape, dtype=dy.dtype, device=dy.device) for _ in range(2))
+        glu_grad(gate, up, dh, dgate.view(gate.shape), dup.view(gate.shape), ctx.act)
+        return dgate, dup, None
 
 
 def swiglu_torch(gate, up):
-    return SwiGLU.apply(gate, up)
-
-
-class ReLU2GLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.relu(gate).mul_(gate).mul_(up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        r = F.relu(gate)
-        dup = torch.mul(r, r).mul_(dy)
-        return r.mul_(dy).mul_(up).mul_(2), dup
+    return GLU.apply(gate, up, "silu")
 
 
 def relu2glu_torch(gate, up):
-    return ReLU2GLU.apply(gate, up)
+    return GLU.apply(gate, up, "relu2")
 
 
 if triton is not None:

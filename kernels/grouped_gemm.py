@@ -26,13 +26,15 @@ are the limit, below that the weights.
 
 Plain form: the same on a CPU, a loop over the experts with products written into views of one tensor, gradients too, so
 that what lies between two products of an expert stays in the cache. The sizes are read back, which costs nothing there.
-w2 h is saved too, N K C values: dp from it, and p applied to dy instead of h and d, spare four passes over N K F values
-where bandwidth is scarce.
+The gated unit is kernels/activation.py's. w2 h is saved too, N K C values: dp from it, and p applied to dy instead of h
+and d, spare four passes over N K F values where bandwidth is scarce.
 """
 import os
 
 import torch
 import torch.nn.functional as F
+
+from .activation import glu, glu_grad
 
 # ----- dispatch (shared) -----
 try:
@@ -82,13 +84,6 @@ def expert_mlp_ref(x, w13, w2, chosen, weights, act="silu"):
     return torch.stack(rows).to(x.dtype)
 
 
-ACT = {  # act(a), and out = g act'(a)
-    "silu": (F.silu, lambda g, a, out: torch.ops.aten.silu_backward.grad_input(g, a, grad_input=out)),
-    "gelu": (lambda a: F.gelu(a, approximate="tanh"),
-             lambda g, a, out: torch.ops.aten.gelu_backward.grad_input(g, a, approximate="tanh", grad_input=out)),
-}
-
-
 class ExpertMLP(torch.autograd.Function):
     """The plain form: per expert two products forward and four backward, on views of the sorted rows. In 16 bits, and
     where fp32 is oneDNN's, each expert's rows are filled up to a multiple of 32: oneDNN compiles a product for each new
@@ -104,11 +99,11 @@ class ExpertMLP(torch.autograd.Function):
         order = chosen.flatten().argsort(stable=True)                       # (NK,)  sorted choice -> choice
         place = torch.empty_like(order).scatter_(0, order, at).view(N, K)   # choice -> row
         token = order.new_zeros(sum(sizes)).scatter_(0, at, order // K)     # row -> token; fillers read token 0
-        gu, y, fn = x.new_empty(len(token), 2 * f), x.new_empty(len(token), C), ACT[act][0]
+        gu, y = x.new_empty(len(token), 2 * f), x.new_empty(len(token), C)
         for e, (rows, gu_e, y_e) in enumerate(zip(*(t.split(sizes) for t in (token, gu, y)))):
             if sizes[e]:
                 product(x.index_select(0, rows), w13[e], out=gu_e)
-                product(fn(gu_e[:, :f]).mul_(gu_e[:, f:]), w2[e], out=y_e)
+                product(glu(gu_e[:, :f], gu_e[:, f:], act), w2[e], out=y_e)
         ctx.save_for_backward(x, w13, w2, weights, token, place, gu, y)
         ctx.sizes, ctx.act = sizes, act
         return combine_torch(y, place, weights)
@@ -117,7 +112,7 @@ class ExpertMLP(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         x, w13, w2, weights, token, place, gu, y = ctx.saved_tensors
-        (fn, dfn), f = ACT[ctx.act], w2.shape[2]
+        f = w2.shape[2]
         p = x.new_zeros(len(token)).scatter_(0, place.flatten(), weights.flatten().to(x.dtype))[:, None]  # (rows, 1)
         dw13, dw2, dx, dp = torch.empty_like(w13), torch.empty_like(w2), torch.empty_like(y), y.new_empty(len(y))
         parts = [t.split(ctx.sizes) for t in (token, gu, y, p, dx, dp)]
@@ -128,10 +123,9 @@ class ExpertMLP(torch.autograd.Function):
             d, gate, up = dout.index_select(0, rows), gu_e[:, :f], gu_e[:, f:]
             torch.sum(d * y_e, 1, out=dp_e)
             d *= p_e                                                        # 0 where rows only fill up
-            dgu, dh, a = torch.empty_like(gu_e), product(d, w2[e].t()), fn(gate)        # (n, 2F), (n, F), (n, F)
-            torch.mul(dh, a, out=dgu[:, f:])
-            dfn(dh.mul_(up), gate, dgu[:, :f])
-            torch.mm(d.t(), a.mul_(up), out=dw2[e])
+            torch.mm(d.t(), glu(gate, up, ctx.act), out=dw2[e])
+            dgu, dh = torch.empty_like(gu_e), product(d, w2[e].t())                    # (n, 2F), (n, F)
+            glu_grad(gate, up, dh, dgu[:, :f], dgu[:, f:], ctx.act)
             torch.mm(dgu.t(), x.index_select(0, rows), out=dw13[e])
             product(dgu, w13[e].t(), out=dx_e)
         return combine_torch(dx, place, None), dw13, dw2, None, dp[place].to(weights.dtype), None
@@ -384,7 +378,7 @@ def expert_mlp(x, w13, w2, chosen, weights, act="silu"):
     dtype. ValueError: shapes, dtypes or an act that do not fit."""
     N, C, E, f = *x.shape, w2.shape[0], w2.shape[2]
     if (w13.shape != (E, 2 * f, C) or w2.shape != (E, C, f) or chosen.shape != weights.shape or len(chosen) != N
-            or act not in ACT):
+            or act not in ("silu", "gelu")):
         raise ValueError(f"expert_mlp: shapes {[tuple(t.shape) for t in (x, w13, w2, chosen, weights)]}, act {act!r}; "
                          "expected (N, C), (E, 2F, C), (E, C, F), twice (N, K), and silu or gelu")
     which = form(x)
