@@ -131,7 +131,7 @@ def train(name, module, me, flags, peers, n, bf16):
 
 
 class Flops(torch.utils._python_dispatch.TorchDispatchMode):
-    """Counts the FLOPs of matrix products and of PyTorch's attention."""
+    """Counts the FLOPs of matrix products and of PyTorch's attention (a loop in C is not seen)."""
 
     def __init__(self):
         super().__init__()

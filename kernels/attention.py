@@ -17,7 +17,8 @@ multiplied. Under autocast the inputs are cast as torch.nn.functional.scaled_dot
 
 Saved for backward: q, k, v, o and lse, (B, H, Tq) fp32, in base 2. p is recomputed, once in each of the two backward
 kernels: one owns a block of queries (dq, and delta), one a block of keys (dk and dv, summed over the query heads of its
-group). No atomics: results repeat bit for bit.
+group). No atomics: results repeat bit for bit. On a CPU forward is PyTorch's, and backward, in bf16 and for more than
+128 keys, a loop in C over tiles of 64 x 64.
 
 Bytes and FLOPs of one query head. A block: BM queries (fwd, dq) or BN keys (dkv); e: bytes of an element; G = H / Hkv:
     fwd    e D (2 Tq + 2 sum over blocks of the keys they see) + 4 Tq                  4 D FLOPs for each pair

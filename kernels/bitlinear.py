@@ -24,8 +24,8 @@ in the epilogue; from packed weights each program decodes a tile of bytes into f
 rows' quarters: at batch 1 N K / 4 bytes move instead of 2 N K, which is the bound. Backward's products are the
 vendor's, norm's backward is kernels/norm.py's.
 
-CPU: a product of few tokens reads packed bytes through 30 lines of C, compiled once where a C compiler is (as Triton's
-launcher is); without one, and for many tokens, slices are decoded and multiplied: weights are never whole.
+CPU: where a C compiler is, quantising and norm's backward take a pass each, and a product of few tokens reads packed
+bytes; without one, and for many tokens, slices are decoded and multiplied: weights are never whole.
 """
 import ctypes
 import functools

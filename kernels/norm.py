@@ -19,7 +19,8 @@ Bytes: forward reads x, w, b and writes y (add: reads r, writes s too) once, whi
 each of at most 2 programs per multiprocessor. Backward reads dy, x (and ds) and writes dx once, and each program writes
 its sums for dw and db, which PyTorch adds up in a fixed order: results repeat bit for bit. (1024, 768) in bf16 moves
 1.04 (without b) to 1.09 times the floor forward, 1.05 to 1.10 backward; more rows, less.
-FLOPs: about 8 an element forward, 12 backward: memory is the bound on every GPU.
+FLOPs: about 8 an element forward, 12 backward: memory is the bound on every GPU. It is on a CPU, too, where they are
+loops in C (but LayerNorm alone, which is PyTorch's): one pass over the rows each way.
 
     modulate         y = n (1 + scale) + shift, n as in layer_norm; shift and scale (B, C) are a sample's, x (B, T, C)
     add_modulate     s = x + gate r, then the same on s; returns (y, s)
@@ -236,10 +237,9 @@ class CompiledNorm(torch.autograd.Function):
         wide = [None if t is None else t.float().contiguous() for t in (gate, w, b)]
         ctx.how = parts, x.numel() // C, C, C if w.ndim == 2 else 0
         ctx.center, ctx.dtypes = int(center), [None if t is None else t.dtype for t in (x, r, gate, w, b)]
-        is16 = [int(t is not None and t.dtype == torch.bfloat16) for t in (x, r, y)]
-        ctx.is16 = is16
+        ctx.is16 = [int(t is not None and t.dtype == torch.bfloat16) for t in (x, r, y)]
         eps = torch.tensor(eps, dtype=torch.float32)
-        call(compiled(SOURCE).forward, x, r, *wide, y, s, stats, *ctx.how, eps, ctx.center, *is16)
+        call(compiled(SOURCE).forward, x, r, *wide, y, s, stats, *ctx.how, eps, ctx.center, *ctx.is16)
         ctx.save_for_backward(s, None if gate is None else r, *wide[:2], stats)
         ctx.set_materialize_grads(False)  # where s is not used on: not a tensor of zeros to read
         return y if r is None else (y, s)
@@ -414,8 +414,8 @@ if triton is not None:
 def norm(x, r, w, b, eps, center):
     """-> y, s, where s = x or x + r. form() has said "torch"."""
     if not (center and r is None) and compiles(x, r, w, b):  # PyTorch's own LayerNorm takes one pass, too
-        return (CompiledNorm.apply(x, None, None, w, b, eps, center), x) if r is None else CompiledNorm.apply(
-            x, r, None, w, b, eps, center)
+        out = CompiledNorm.apply(x, r, None, w, b, eps, center)
+        return (out, x) if r is None else out
     s = x if r is None else x + r
     return layer_norm_torch(s, w, b, eps) if center else rms_norm_torch(s, w, eps), s
 

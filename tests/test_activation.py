@@ -137,3 +137,29 @@ def test_edges(monkeypatch):
         A.bias_gelu(torch.ones(2, 8), torch.ones(7))
     with pytest.raises(ValueError, match="differ"):
         A.swiglu(torch.ones(2, 8), torch.ones(2, 8).bfloat16())
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", ["silu", "relu2", "gelu"])
+def test_units_on_a_cpu(act, dtype, compiler, monkeypatch):
+    """The loops in C, and PyTorch in their place: rows that are halves of wider ones, written into halves of others."""
+    if compiler and A.compiled(A.SOURCE) is None:
+        pytest.skip("no C compiler here")
+    called, real = [], A.call
+    monkeypatch.setattr(A, "call", lambda *args: called.append(1) or real(*args))
+    monkeypatch.setattr(A, "compiled", A.compiled if compiler else lambda source: None)
+    torch.manual_seed(0)
+    both, dh, dboth = torch.randn(70, 150).to(dtype), torch.randn(70, 75).to(dtype), torch.full((70, 150), torch.nan)
+    gate, up, dboth = both[:, :75], both[:, 75:], dboth.to(dtype)
+    wide = both.double().requires_grad_()
+    a = wide[:, :75]
+    fs = {"silu": torch.nn.functional.silu, "relu2": lambda a: a.relu().square(),
+          "gelu": lambda a: torch.nn.functional.gelu(a, approximate="tanh")}
+    want = fs[act](a) * wide[:, 75:]
+    (dwant,) = torch.autograd.grad(want, wide, dh.double())
+    h = A.glu(gate, up, act)
+    A.glu_grad(gate, up, dh, dboth[:, :75], dboth[:, 75:], act)
+    assert len(called) == 2 * compiler
+    tol = 1e-2 if dtype == torch.bfloat16 else 1e-6
+    assert (h - want).norm() < tol * want.norm() and (dboth - dwant).norm() < tol * dwant.norm()
