@@ -71,6 +71,15 @@ static inline float ex2(float x) {  /* 2^x: a polynomial for the fraction, the e
     p = ((((p * f + 9.6181291e-3f) * f + 5.5504109e-2f) * f + 2.4022651e-1f) * f + 0.693147181f) * f + 1;
     return p * bits((uint32_t)((int32_t)n + 127) << 23);
 }
+static inline float sigmoid(float x) { return 1 / (1 + ex2(-1.44269504f * x)); }
+static inline void get(const void *x, num x16, num at, num n, float *to) {  /* n from the at-th on; x16: bf16? */
+    if (x16) for (num i = 0; i < n; i++) to[i] = from_bf16(((uint16_t *)x)[at + i]);
+    else memcpy(to, (float *)x + at, 4 * n);
+}
+static inline void put(const float *x, num n, num to16, void *to, num at) {
+    if (to16) for (num i = 0; i < n; i++) ((uint16_t *)to)[at + i] = to_bf16(x[i]);
+    else memcpy((float *)to + at, x, 4 * n);
+}
 """
 
 
@@ -133,7 +142,6 @@ def bias_gelu_torch(x, b):
 # h = act(gate) up for a CPU, and back: rows of F numbers, each tensor's so far apart as its stride says. ACT: silu,
 # relu2 or gelu, of which PARTS gives value and slope.
 SOURCE = r"""
-static inline float sigmoid(float x) { return 1 / (1 + ex2(-1.44269504f * x)); }
 static inline void silu(float a, float *y, float *dy) {
     float s = sigmoid(a);
     *y = a * s, *dy = s + a * s * (1 - s);

@@ -87,6 +87,15 @@ static inline float ex2(float x) {  /* 2^x: a polynomial for the fraction, the e
     p = ((((p * f + 9.6181291e-3f) * f + 5.5504109e-2f) * f + 2.4022651e-1f) * f + 0.693147181f) * f + 1;
     return p * bits((uint32_t)((int32_t)n + 127) << 23);
 }
+static inline float sigmoid(float x) { return 1 / (1 + ex2(-1.44269504f * x)); }
+static inline void get(const void *x, num x16, num at, num n, float *to) {  /* n from the at-th on; x16: bf16? */
+    if (x16) for (num i = 0; i < n; i++) to[i] = from_bf16(((uint16_t *)x)[at + i]);
+    else memcpy(to, (float *)x + at, 4 * n);
+}
+static inline void put(const float *x, num n, num to16, void *to, num at) {
+    if (to16) for (num i = 0; i < n; i++) ((uint16_t *)to)[at + i] = to_bf16(x[i]);
+    else memcpy((float *)to + at, x, 4 * n);
+}
 """
 
 
@@ -145,17 +154,7 @@ def rms_norm_torch(x, w, eps=1e-6):
 
 # All norms of this file but GroupNorm, for a CPU: the formulas at the top, in one pass over the rows. They come in
 # parts: samples, with a w, b and gate of their own (adaLN), or each thread's share of the rows. ..16: is it bf16?
-ROWS = r"""
-static inline void get(const void *x, num x16, num at, num C, float *to) {
-    if (x16) for (num c = 0; c < C; c++) to[c] = from_bf16(((uint16_t *)x)[at + c]);
-    else memcpy(to, (float *)x + at, 4 * C);
-}
-static inline void put(const float *x, num C, num to16, void *to, num at) {
-    if (to16) for (num c = 0; c < C; c++) ((uint16_t *)to)[at + c] = to_bf16(x[c]);
-    else memcpy((float *)to + at, x, 4 * C);
-}
-"""
-SOURCE = ROWS + r"""
+SOURCE = r"""
 /* stats (M, 2): mean and rstd. own: C where a part has its own w, b and gate, else 0 */
 void forward(const void *x, const void *r, const float *gate, const float *w, const float *b, void *y, void *s,
              float *stats, num parts, num M, num C, num own, const float *eps, num center, num x16, num r16, num y16) {
@@ -230,6 +229,10 @@ class CompiledNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, r, gate, w, b, eps, center):
+        want = (x.shape[0], x.shape[-1])[2 - w.ndim:]
+        if r is not None and r.shape != x.shape or any(t is not None and t.shape != want for t in (gate, w, b)):
+            shapes = [tuple(t.shape) for t in (x, r, gate, w, b) if t is not None]
+            raise ValueError(f"norm: shapes {shapes}, expected x, r (..., C) and w, b (C,), or a sample's own (B, C)")
         x, r = x.contiguous(), None if r is None else r.contiguous()
         C, parts = x.shape[-1], len(w) if w.ndim == 2 else torch.get_num_threads()
         s = x if r is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, r.dtype))
@@ -659,7 +662,7 @@ def group_norm_silu_ref(x, w, b, groups, eps=1e-5, silu=True):
 
 
 # For a CPU, channels last: a thread takes a sample, three times forward, twice backward, which then lies in its cache.
-GROUPS = ROWS + r"""
+GROUPS = r"""
 /* the mean of each group's sums over n numbers, for each of its channels */
 static inline void share(const float *sums, num C, num G, num n, float *to) {
     for (num g = 0; g < G; g++) {
@@ -692,7 +695,7 @@ void forward(const void *x, const float *w, const float *b, void *y, float *stat
         for (num p = 0; p < P; p++) {
             get(x, x16, (i * P + p) * C, C, v);
             for (num c = 0; c < C; c++) v[c] = (v[c] - mean[c]) * rstd[c] * w[c] + b[c];
-            if (silu) for (num c = 0; c < C; c++) v[c] /= 1 + ex2(-1.44269504f * v[c]);
+            if (silu) for (num c = 0; c < C; c++) v[c] *= sigmoid(v[c]);
             put(v, C, x16, y, (i * P + p) * C);
         }
     }
@@ -704,7 +707,7 @@ static inline void step(const void *dy, const void *x, const float *w, const flo
     get(dy, x16, at, C, d), get(x, x16, at, C, n);
     for (num c = 0; c < C; c++) {
         n[c] = (n[c] - mean[c]) * rstd[c];
-        float z = n[c] * w[c] + b[c], s = 1 / (1 + ex2(-1.44269504f * z));
+        float z = n[c] * w[c] + b[c], s = sigmoid(z);
         d[c] *= silu ? s * (1 + z * (1 - s)) : 1;
     }
 }
@@ -759,7 +762,7 @@ class CompiledGroupNorm(torch.autograd.Function):
 
 def group_norm_silu_torch(x, w, b, groups, eps=1e-5, silu=True):
     last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    if last and compiles(x, w, b) and x.shape[1] % groups == 0:
+    if last and compiles(x, w, b) and w.shape == b.shape == x.shape[1:2] and x.shape[1] % groups == 0:
         return CompiledGroupNorm.apply(x, w, b, groups, eps, silu)
     wide = x if w.dtype == x.dtype else x.float()
     z = torch.nn.functional.group_norm(wide, groups, w.to(wide.dtype), b.to(wide.dtype), eps)

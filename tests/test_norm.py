@@ -149,6 +149,16 @@ def test_on_a_cpu(name, x_type, r_type, compiler, monkeypatch):
             assert a.dtype == like.dtype and (a - b).norm() < tol * b.norm()
 
 
+def test_shapes_that_do_not_fit_on_a_cpu():
+    """The loops in C would read past the end."""
+    x, w, rows = torch.zeros(3, 67, 100), torch.zeros(99), torch.zeros(2, 100)
+    for call in (lambda: norm.rms_norm(x, w), lambda: norm.add_layer_norm(x, x, w),
+                 lambda: norm.add_rms_norm(x, x[:, :1], w.new_zeros(100)), lambda: norm.modulate(x, rows, rows),
+                 lambda: norm.group_norm_silu(x[..., None].to(memory_format=torch.channels_last), w, w, 1)):
+        with pytest.raises((ValueError, RuntimeError), match="shape|size"):
+            call()
+
+
 @pytest.fixture
 def triton_form(monkeypatch):
     monkeypatch.setattr(norm, "KERNELS", "triton")
