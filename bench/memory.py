@@ -32,6 +32,7 @@ from unittest import mock
 import torch
 from torch._library.custom_ops import _maybe_get_opdef
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -119,6 +120,9 @@ class LikeCuda(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, cast = kwargs or {}, torch.is_autocast_enabled("cpu")
+        if func is torch.Tensor.backward:  # which leaves this mode, and --ckpt computes the forward again in there
+            with self:
+                return _engine_run_backward(args, (torch.ones_like(args[0]),), False, False, (), accumulate_grad=True)
         if func is torch.nn.functional.scaled_dot_product_attention:
             return self.attention(cast, *args, **kwargs)
         if func is torch.nn.functional.dropout:
@@ -156,6 +160,7 @@ def dry(fakes, device):
         if device == "cuda":
             rtx_4070 = mock.Mock(multi_processor_count=46, major=8, minor=9)
             stack.enter_context(mock.patch.object(FakeTensor, "is_cuda", True, create=True))
+            stack.enter_context(mock.patch.object(FakeTensor, "is_cpu", False, create=True))
             stack.enter_context(mock.patch("torch.cuda.get_device_properties", lambda *_: rtx_4070))
             stack.enter_context(mock.patch("torch.cuda.get_device_capability", lambda *_: (8, 9)))
             stack.enter_context(LikeCuda())

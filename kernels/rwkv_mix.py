@@ -12,16 +12,26 @@ What stands between the matrix products of RWKV-7, in one pass each
 
 Shapes: h, k, w, a, y, r, v, g (B, T, C), last (B, C) or None, mu, k_k, k_a (1, 1, C), rho (H, N), weight, bias (C,),
 C = H N. fp32, bf16 or fp16; parameters may be fp32 beside 16-bit tensors. Results have the dtype of h, k or g;
-arithmetic is fp32, so autocast changes nothing. All are memory-bound. Autograd would keep up to ten tensors (B, T, C)
-for each of them; here the inputs are kept (most of them are what a product beside it keeps anyway), squared_relu keeps
-its output, since 2 max(k, 0) = 2 sqrt(y).
+arithmetic is fp32, so autocast changes one thing: token_shift's results, which products take, are bf16 then already.
+All are memory-bound. Autograd would keep up to ten tensors (B, T, C) for each of them; here the inputs are kept (most
+of them are what a product beside it keeps anyway), squared_relu keeps its output, since 2 max(k, 0) = 2 sqrt(y).
+
+CPU: a loop in C for each, fp32 or bf16; without a compiler, in fp64 and under torch.compile the definition, whose
+results autocast turns into bf16 later.
 
 Bytes, E per element, n = B T C: token_shift with M mixes reads n and writes M n forward (h_{t-1} is the row before, in
 the cache); backward reads (1 + M) n and writes n; gates 7 and 10 n, readout 6 and 11 n, squared_relu 2 and 3 n: the
 floor. Parameters' gradients: one fp32 row for every 128 tokens, summed in a fixed order.
 """
+import ctypes
+import functools
 import math
 import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +51,75 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+# ----- end -----
+
+
+# ----- c (shared) -----
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C
+# here, which gcc or clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with
+# KERNELS_C=0, the plain form in PyTorch serves.
+HEADER = r"""
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+typedef int64_t num;
+static inline float bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static inline float from_bf16(uint16_t x) { return bits((uint32_t)x << 16); }
+static inline uint16_t to_bf16(float x) {  /* to nearest, ties to even; what is not a number stays so */
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+static inline float ex2(float x) {  /* 2^x: a polynomial for the fraction, the exponent's bits for the rest */
+    x = x < -126 ? -126 : x > 126 ? 126 : x;
+    float n = rintf(x), f = x - n, p = 1.54353e-4f * f + 1.3333558e-3f;
+    p = ((((p * f + 9.6181291e-3f) * f + 5.5504109e-2f) * f + 2.4022651e-1f) * f + 0.693147181f) * f + 1;
+    return p * bits((uint32_t)((int32_t)n + 127) << 23);
+}
+static inline float sigmoid(float x) { return 1 / (1 + ex2(-1.44269504f * x)); }
+static inline void get(const void *x, num x16, num at, num n, float *to) {  /* n from the at-th on; x16: bf16? */
+    if (x16) for (num i = 0; i < n; i++) to[i] = from_bf16(((uint16_t *)x)[at + i]);
+    else memcpy(to, (float *)x + at, 4 * n);
+}
+static inline void put(const float *x, num n, num to16, void *to, num at) {
+    if (to16) for (num i = 0; i < n; i++) ((uint16_t *)to)[at + i] = to_bf16(x[i]);
+    else memcpy((float *)to + at, x, 4 * n);
+}
+"""
+
+
+@functools.cache
+def compiled(source):
+    """HEADER + source as a library, or None without a compiler. Its loops run on PyTorch's own OpenMP threads."""
+    cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if not cc or os.environ.get("KERNELS_C") == "0":
+        return None
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
+    flags += ["-mprefer-vector-width=512"] if os.uname().machine == "x86_64" else []  # gcc's own choice is 256
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            Path(tmp, "c.c").write_text(HEADER + source)
+            subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
+            return ctypes.CDLL(str(Path(tmp, "c.so")))
+    except (OSError, subprocess.CalledProcessError) as e:
+        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; "
+                      "KERNELS_C=0 asks for those")
+        return None
+
+
+def call(function, *args):
+    """function(*args): contiguous tensors or None as pointers, lists of tensors as arrays of pointers, ints as int64.
+    Fake tensors are only shapes: no call."""
+    given = []
+    for a in args:
+        if isinstance(a, torch._subclasses.FakeTensor) or isinstance(a, list) and any(
+                isinstance(t, torch._subclasses.FakeTensor) for t in a):
+            return
+        given.append(ctypes.c_int64(a) if isinstance(a, int)
+                     else (ctypes.c_void_p * len(a))(*(t.data_ptr() for t in a)) if isinstance(a, list)
+                     else ctypes.c_void_p(None if a is None else a.data_ptr()))
+    function(*given)
 # ----- end -----
 
 
@@ -81,102 +160,340 @@ def squared_relu_ref(k):
     return torch.relu(k).square()
 
 
-class TokenShift(torch.autograd.Function):
+SOURCE = r"""
+/* Each thread has a run of the M = B T rows of C; sums (parts, ...) are its rows of the parameters' gradients. */
+#define ROWS(p, parts, M) num first = p * ((M + parts - 1) / parts), last_row = (p + 1) * ((M + parts - 1) / parts), \
+    end = last_row < M ? last_row : M
+
+static void row_before(const void *h, const void *last, num l16, num m, num T, num C, num x16, float *to) {
+    if (m % T) get(h, x16, (m - 1) * C, C, to);
+    else if (last) get(last, l16, m / T * C, C, to);
+    else memset(to, 0, 4 * C);
+}
+
+void shift(const void *h, const void *last, const float **mus, void **xs, num n, num parts, num M, num T, num C,
+           num x16, num l16, num y16) {
+    #pragma omp parallel for schedule(static) if (parts > 1)
+    for (num p = 0; p < parts; p++) {
+        ROWS(p, parts, M);
+        for (num m = first; m < end; m++) {
+            float x[C], d[C], y[C];
+            get(h, x16, m * C, C, x);
+            row_before(h, last, l16, m, T, C, x16, d);
+            for (num c = 0; c < C; c++) d[c] -= x[c];
+            for (num i = 0; i < n; i++) {
+                for (num c = 0; c < C; c++) y[c] = x[c] + d[c] * mus[i][c];
+                put(y, C, y16, xs[i], m * C);
+            }
+        }
+    }
+}
+
+/* dh_t = sum of dx_t (1 - mu) + dx_{t+1} mu: from the last token down, each dx is read once. sums (parts, n, C) */
+void shift_backward(const void *h, const void *last, const float **mus, const void **dxs, void *dh, void *dlast,
+                    float *sums, num n, num parts, num M, num T, num C, num x16, num l16, num y16) {
+    #pragma omp parallel for schedule(static) if (parts > 1)
+    for (num p = 0; p < parts; p++) {
+        ROWS(p, parts, M);
+        float *dmu = sums + p * n * C, x[C], d[C], g[C], dx[C], after[C];
+        memset(dmu, 0, 4 * n * C);
+        memset(after, 0, 4 * C);
+        for (num i = 0; i < n && end < M && end % T; i++) {  /* the row after this thread's last one */
+            get(dxs[i], y16, end * C, C, dx);
+            for (num c = 0; c < C; c++) after[c] += dx[c] * mus[i][c];
+        }
+        for (num m = end - 1; m >= first; m--) {
+            get(h, x16, m * C, C, x);
+            row_before(h, last, l16, m, T, C, x16, d);
+            for (num c = 0; c < C; c++) d[c] -= x[c];
+            if ((m + 1) % T == 0) memset(after, 0, 4 * C);
+            memcpy(g, after, sizeof g);
+            memset(after, 0, 4 * C);
+            for (num i = 0; i < n; i++) {
+                get(dxs[i], y16, m * C, C, dx);
+                for (num c = 0; c < C; c++) {
+                    float through = dx[c] * mus[i][c];
+                    g[c] += dx[c] - through;
+                    after[c] += through;
+                    dmu[i * C + c] += dx[c] * d[c];
+                }
+            }
+            put(g, C, x16, dh, m * C);
+            if (m % T == 0 && dlast) put(after, C, l16, dlast, m / T * C);
+        }
+    }
+}
+
+/* of one head: p = k k_k, kappa = p / |p|; returns |p| */
+static float unit(const float *k, const float *kk, float *kappa, num N) {
+    float square = 0;
+    #pragma omp simd reduction(+:square)
+    for (num j = 0; j < N; j++) kappa[j] = k[j] * kk[j], square += kappa[j] * kappa[j];
+    float length = fmaxf(sqrtf(square), 1e-12f);
+    for (num j = 0; j < N; j++) kappa[j] /= length;
+    return length;
+}
+
+void gates(const void *k, const void *w, const void *a, const float *k_k, const float *k_a, void *w_out, void *k_out,
+           void *minus, void *b_out, num parts, num M, num C, num N, num x16) {
+    #pragma omp parallel for schedule(static) if (parts > 1)
+    for (num p = 0; p < parts; p++) {
+        ROWS(p, parts, M);
+        for (num m = first; m < end; m++) {
+            float x[C], s[C], kappa[C], y[C];
+            get(w, x16, m * C, C, s);
+            for (num c = 0; c < C; c++) y[c] = FASTEST * sigmoid(s[c]);
+            put(y, C, x16, w_out, m * C);
+            get(k, x16, m * C, C, x);
+            get(a, x16, m * C, C, s);
+            for (num c = 0; c < C; c++) {
+                s[c] = sigmoid(s[c]);
+                y[c] = x[c] * (1 + (s[c] - 1) * k_a[c]);
+            }
+            put(y, C, x16, k_out, m * C);
+            for (num j = 0; j < C; j += N) unit(x + j, k_k + j, kappa + j, N);
+            for (num c = 0; c < C; c++) y[c] = kappa[c] * s[c], kappa[c] = -kappa[c];
+            put(kappa, C, x16, minus, m * C);
+            put(y, C, x16, b_out, m * C);
+        }
+    }
+}
+
+/* dkappa = a db - dminus,  dp = (dkappa - kappa (kappa . dkappa)) / |p|. sums (parts, 2, C): k_k, k_a */
+void gates_backward(const void *k, const void *w, const void *a, const float *k_k, const float *k_a,
+                    const void *dw_out, const void *dk_out, const void *dminus, const void *db, void *dk, void *dw,
+                    void *da, float *sums, num parts, num M, num C, num N, num x16) {
+    #pragma omp parallel for schedule(static) if (parts > 1)
+    for (num p = 0; p < parts; p++) {
+        ROWS(p, parts, M);
+        float *dkk = sums + p * 2 * C, *dka = dkk + C, x[C], s[C], g[C], kappa[C], b[C], t[C];
+        memset(dkk, 0, 8 * C);
+        for (num m = first; m < end; m++) {
+            get(w, x16, m * C, C, s);
+            get(dw_out, x16, m * C, C, g);
+            for (num c = 0; c < C; c++) s[c] = sigmoid(s[c]), g[c] *= FASTEST * s[c] * (1 - s[c]);
+            put(g, C, x16, dw, m * C);
+            get(k, x16, m * C, C, x);
+            get(a, x16, m * C, C, s);
+            get(dk_out, x16, m * C, C, g);
+            get(dminus, x16, m * C, C, t);
+            get(db, x16, m * C, C, b);
+            for (num c = 0; c < C; c++) s[c] = sigmoid(s[c]), t[c] = b[c] * s[c] - t[c];
+            for (num j = 0; j < C; j += N) {
+                float length = unit(x + j, k_k + j, kappa + j, N), dot = 0, *u = kappa + j, *v = t + j;
+                #pragma omp simd reduction(+:dot)
+                for (num i = 0; i < N; i++) dot += u[i] * v[i];
+                for (num i = 0; i < N; i++) v[i] = (v[i] - u[i] * dot) / length;
+            }
+            for (num c = 0; c < C; c++) {
+                dkk[c] += t[c] * x[c];
+                dka[c] += g[c] * x[c] * (s[c] - 1);
+                t[c] = t[c] * k_k[c] + g[c] * (1 + (s[c] - 1) * k_a[c]);
+                g[c] = (g[c] * x[c] * k_a[c] + b[c] * kappa[c]) * s[c] * (1 - s[c]);
+            }
+            put(t, C, x16, dk, m * C);
+            put(g, C, x16, da, m * C);
+        }
+    }
+}
+
+/* of one head: y becomes norm(y); returns 1 / deviation, and in bonus the sum of r k rho */
+static float normed(float *y, const float *r, const float *k, const float *rho, num N, float *bonus) {
+    float mean = 0, var = 0, dot = 0;
+    #pragma omp simd reduction(+:mean, dot)
+    for (num j = 0; j < N; j++) mean += y[j], dot += r[j] * k[j] * rho[j];
+    mean /= N;
+    #pragma omp simd reduction(+:var)
+    for (num j = 0; j < N; j++) y[j] -= mean, var += y[j] * y[j];
+    float rstd = 1 / sqrtf(var / N + EPS);
+    for (num j = 0; j < N; j++) y[j] *= rstd;
+    *bonus = dot;
+    return rstd;
+}
+
+void readout(const void *y, const void *r, const void *k, const void *v, const void *g, const float *rho,
+             const float *weight, const float *bias, void *out, num parts, num M, num C, num N, num x16) {
+    #pragma omp parallel for schedule(static) if (parts > 1)
+    for (num p = 0; p < parts; p++) {
+        ROWS(p, parts, M);
+        for (num m = first; m < end; m++) {
+            float n[C], b[C], f[4][C], bonus;
+            get(y, x16, m * C, C, n);
+            get(r, x16, m * C, C, f[0]);
+            get(k, x16, m * C, C, f[1]);
+            get(v, x16, m * C, C, f[2]);
+            get(g, x16, m * C, C, f[3]);
+            for (num j = 0; j < C; j += N) {
+                normed(n + j, f[0] + j, f[1] + j, rho + j, N, &bonus);
+                for (num i = j; i < j + N; i++) b[i] = bonus;
+            }
+            for (num c = 0; c < C; c++) n[c] = (n[c] * weight[c] + bias[c] + b[c] * f[2][c]) * f[3][c];
+            put(n, C, x16, out, m * C);
+        }
+    }
+}
+
+/* n = (y - mean) rstd: dy = rstd (dn - mean(dn) - n mean(dn n)). sums (parts, 3, C): rho, weight, bias */
+void readout_backward(const void *y, const void *r, const void *k, const void *v, const void *g, const float *rho,
+                      const float *weight, const float *bias, const void *dout, void *dy, void *dr, void *dk, void *dv,
+                      void *dg, float *sums, num parts, num M, num C, num N, num x16) {
+    #pragma omp parallel for schedule(static) if (parts > 1)
+    for (num p = 0; p < parts; p++) {
+        ROWS(p, parts, M);
+        float *drho = sums + p * 3 * C, *dweight = drho + C, *dbias = dweight + C;
+        float n[C], f[4][C], o[C];
+        memset(drho, 0, 12 * C);
+        for (num m = first; m < end; m++) {
+            get(y, x16, m * C, C, n);
+            get(r, x16, m * C, C, f[0]);
+            get(k, x16, m * C, C, f[1]);
+            get(v, x16, m * C, C, f[2]);
+            get(g, x16, m * C, C, f[3]);
+            get(dout, x16, m * C, C, o);
+            for (num j = 0; j < C; j += N) {
+                float bonus, rstd = normed(n + j, f[0] + j, f[1] + j, rho + j, N, &bonus), ds = 0, mean = 0, dot = 0;
+                #pragma omp simd reduction(+:ds, mean, dot)
+                for (num i = j; i < j + N; i++) {
+                    float t = o[i], dn;
+                    o[i] = t * f[3][i];  /* of what g multiplies */
+                    f[3][i] = t * (n[i] * weight[i] + bias[i] + bonus * f[2][i]);
+                    ds += o[i] * f[2][i];
+                    f[2][i] = o[i] * bonus;
+                    dn = o[i] * weight[i];
+                    mean += dn, dot += dn * n[i];
+                }
+                mean /= N, dot /= N;
+                for (num i = j; i < j + N; i++) {
+                    float t = ds * rho[i], r_i = f[0][i];
+                    drho[i] += ds * r_i * f[1][i];
+                    dweight[i] += o[i] * n[i];
+                    dbias[i] += o[i];
+                    n[i] = rstd * (o[i] * weight[i] - mean - n[i] * dot);
+                    f[0][i] = t * f[1][i];
+                    f[1][i] = t * r_i;
+                }
+            }
+            put(n, C, x16, dy, m * C);
+            put(f[0], C, x16, dr, m * C);
+            put(f[1], C, x16, dk, m * C);
+            put(f[2], C, x16, dv, m * C);
+            put(f[3], C, x16, dg, m * C);
+        }
+    }
+}
+
+static inline float self(float x) { return x; }
+
+#define RELU2(NAME, T, FROM, TO) \
+void relu2_##NAME(const T *x, T *y, num n) { \
+    _Pragma("omp parallel for simd schedule(static) if (n > 16384)") \
+    for (num i = 0; i < n; i++) { \
+        float a = FROM(x[i]); \
+        a = a > 0 ? a : 0; \
+        y[i] = TO(a * a); \
+    } \
+} \
+void relu2_backward_##NAME(const T *y, const T *dy, T *dx, num n) { \
+    _Pragma("omp parallel for simd schedule(static) if (n > 16384)") \
+    for (num i = 0; i < n; i++) dx[i] = TO(2 * sqrtf(FROM(y[i])) * FROM(dy[i])); \
+}
+RELU2(float32, float, self, self)
+RELU2(bfloat16, uint16_t, from_bf16, to_bf16)
+"""
+
+
+def compiles(*tensors):
+    """Whether SOURCE can serve: on a CPU, fp32 or bf16, and those of (B, T, C) alike."""
+    return (tensors[0].is_cpu and tensors[0].dtype in (torch.float32, torch.bfloat16)
+            and len({t.dtype for t in tensors}) == 1 and not torch.compiler.is_compiling() and library() is not None)
+
+
+def library():
+    return compiled(f"static const float FASTEST = {FASTEST!r}f, EPS = {EPS}f;" + SOURCE)
+
+
+def split(x):
+    """-> parts (one a thread; one alone for a few rows), M = B T."""
+    M = x.numel() // x.shape[-1]
+    return torch.get_num_threads() if M > 8 else 1, M
+
+
+def floats(*tensors):
+    return [t.float().contiguous() for t in tensors]
+
+
+class CompiledShift(torch.autograd.Function):
+    """Its outputs, which products take, are of autocast's dtype."""
+
     @staticmethod
     def forward(ctx, h, last, *mus):
+        h, last = h.contiguous(), None if last is None else last.contiguous()
+        dtype = torch.bfloat16 if narrow(h) else h.dtype
+        wide, xs = floats(*mus), [torch.empty_like(h, dtype=dtype) for _ in mus]
+        ctx.how = len(mus), *split(h), *h.shape[1:], *(int(t is not None and t.dtype == torch.bfloat16)
+                                                       for t in (h, last, xs[0]))
+        call(library().shift, h, last, wide, xs, *ctx.how)
         ctx.save_for_backward(h, last, *mus)
-        d = shifted(h, last).sub_(h)
-        return tuple(torch.addcmul(h, d, mu.to(h.dtype)) for mu in mus)
+        return tuple(xs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *dxs):
         h, last, *mus = ctx.saved_tensors
-        d = shifted(h, last).sub_(h)
-        dmus = [(dx * d).sum((0, 1), keepdim=True).to(mu.dtype) for dx, mu in zip(dxs, mus)]
-        dh, before = dxs[0].clone(), dxs[0] * mus[0].to(h.dtype)  # before: what goes to h_{t-1}
-        for dx, mu in zip(dxs[1:], mus[1:]):
-            dh.add_(dx)
-            before.addcmul_(dx, mu.to(h.dtype))
-        dh.sub_(before)[:, :-1].add_(before[:, 1:])
-        return dh, None if last is None else before[:, 0].to(last.dtype), *dmus
+        dh, dlast = torch.empty_like(h), None if last is None else torch.empty_like(last)
+        sums = h.new_empty(ctx.how[1], len(mus), h.shape[-1], dtype=torch.float32)
+        call(library().shift_backward, h, last, floats(*mus), [dx.contiguous() for dx in dxs], dh, dlast, sums,
+             *ctx.how)
+        return dh, dlast, *(d.view_as(mu).to(mu.dtype) for d, mu in zip(sums.sum(0), mus))
 
 
-class Gates(torch.autograd.Function):
-    @staticmethod
-    def parts(k, a, k_k, N):
-        k, a = wide(k, a)
-        p = (k * k_k).unflatten(-1, (-1, N))  # (B, T, H, N)
-        length = torch.linalg.vector_norm(p, dim=-1, keepdim=True).clamp_(min=1e-12)
-        return k, a.sigmoid(), p.div_(length), length
-
+class CompiledGates(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k, w, a, k_k, k_a, N):
+        k, w, a = (t.contiguous() for t in (k, w, a))
+        ctx.how = *split(k), k.shape[-1], N, int(k.dtype == torch.bfloat16)
+        outs = [torch.empty_like(k) for _ in range(4)]
+        call(library().gates, k, w, a, *floats(k_k, k_a), *outs, *ctx.how)
         ctx.save_for_backward(k, w, a, k_k, k_a)
-        ctx.N, dtype = N, k.dtype
-        k, a, kappa, _ = Gates.parts(k, a, k_k, N)
-        rate, kappa = (a - 1).mul_(k_a).add_(1), kappa.flatten(-2)
-        w = wide(w)[0].sigmoid().mul_(FASTEST)
-        return tuple(t.to(dtype) for t in (w, rate.mul_(k), -kappa, kappa.mul_(a)))
+        return tuple(outs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dw, dk_out, dminus, db):
+    def backward(ctx, *douts):
         k, w, a, k_k, k_a = ctx.saved_tensors
-        dtype, (dw, dk_out, dminus, db) = k.dtype, wide(dw, dk_out, dminus, db)
-        k, a, kappa, length = Gates.parts(k, a, k_k, ctx.N)
-        dw = torch.ops.aten.sigmoid_backward(dw, wide(w)[0].sigmoid()).mul_(FASTEST)
-        # kappa = p / |p|:   dp = (dkappa - kappa (kappa . dkappa)) / |p|
-        dkappa = (db * a).sub_(dminus).unflatten(-1, (-1, ctx.N))
-        dp = dkappa.addcmul_(kappa, (kappa * dkappa).sum(-1, keepdim=True), value=-1).div_(length).flatten(-2)
-        dk_k = (dp * k).sum((0, 1), keepdim=True)
-        g, rate = dk_out * k, a - 1
-        da = (g * k_a).addcmul_(db, kappa.flatten(-2))
-        dk_a = g.mul_(rate).sum((0, 1), keepdim=True)
-        dk = dp.mul_(k_k).addcmul_(dk_out, rate.mul_(k_a).add_(1))
-        da = torch.ops.aten.sigmoid_backward(da, a)
-        return dk.to(dtype), dw.to(dtype), da.to(dtype), dk_k.to(k_k.dtype), dk_a.to(k_a.dtype), None
+        grads = [torch.empty_like(k) for _ in range(3)]
+        sums = k.new_empty(ctx.how[0], 2, k.shape[-1], dtype=torch.float32)
+        call(library().gates_backward, k, w, a, *floats(k_k, k_a), *(d.contiguous() for d in douts), *grads, sums,
+             *ctx.how)
+        return *grads, *(d.view_as(t).to(t.dtype) for d, t in zip(sums.sum(0), (k_k, k_a))), None
 
 
-class Readout(torch.autograd.Function):
+class CompiledReadout(torch.autograd.Function):
     @staticmethod
-    def parts(y, r, k, v, g, rho):
-        y, r, k, v, g = (t.unflatten(-1, rho.shape) for t in wide(y, r, k, v, g))  # (B, T, H, N)
-        n = y - y.mean(-1, keepdim=True)
-        rstd = torch.linalg.vector_norm(n, dim=-1, keepdim=True).square_().div_(n.shape[-1]).add_(EPS).rsqrt_()
-        return n.mul_(rstd), rstd, r, k, v, g, (r * k).mul_(rho).sum(-1, keepdim=True)
-
-    @staticmethod
-    def forward(ctx, y, r, k, v, g, rho, weight, bias):
-        ctx.save_for_backward(y, r, k, v, g, rho, weight, bias)
-        n, _, _, _, v, gate, bonus = Readout.parts(y, r, k, v, g, rho)
-        return n.mul_(weight.view_as(rho)).add_(bias.view_as(rho)).addcmul_(bonus, v).mul_(gate).flatten(-2).to(g.dtype)
+    def forward(ctx, *args):
+        tensors, params = [t.contiguous() for t in args[:5]], args[5:]
+        out = torch.empty_like(tensors[-1])
+        ctx.how = *split(out), out.shape[-1], params[0].shape[1], int(out.dtype == torch.bfloat16)
+        call(library().readout, *tensors, *floats(*params), out, *ctx.how)
+        ctx.save_for_backward(*tensors, *params)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
-        *ins, rho, weight, bias = ctx.saved_tensors
-        n, rstd, r, k, v, g, bonus = Readout.parts(*ins, rho)
-        w, dout = weight.view_as(rho), wide(dout)[0].unflatten(-1, rho.shape)
-        dg = (n * w).add_(bias.view_as(rho)).addcmul_(bonus, v).mul_(dout)
-        do = dout * g
-        dbonus = (do * v).sum(-1, keepdim=True)  # (B, T, H, 1)
-        dv, t = do * bonus, dbonus * rho
-        dr, dk = t * k, t.mul_(r)
-        drho = (r * k).mul_(dbonus).sum((0, 1))
-        dbias, dweight = do.sum((0, 1)).flatten(), (do * n).sum((0, 1)).flatten()
-        # n = (y - mean) rstd:   dy = rstd (dn - mean(dn) - n mean(dn n))
-        dn = do.mul_(w)
-        inner = (dn * n).mean(-1, keepdim=True)
-        dy = dn.sub_(dn.mean(-1, keepdim=True)).addcmul_(n, inner, value=-1).mul_(rstd)
-        grads = [t.flatten(-2).to(x.dtype) for t, x in zip((dy, dr, dk, dv, dg), ins)]
-        return *grads, drho.to(rho.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype)
+        *tensors, rho, weight, bias = ctx.saved_tensors
+        grads, params = [torch.empty_like(t) for t in tensors], (rho, weight, bias)
+        sums = dout.new_empty(ctx.how[0], 3, dout.shape[-1], dtype=torch.float32)
+        call(library().readout_backward, *tensors, *floats(*params), dout.contiguous(), *grads, sums, *ctx.how)
+        return *grads, *(d.view_as(p).to(p.dtype) for d, p in zip(sums.sum(0), params))
 
 
-class SquaredReLU(torch.autograd.Function):
+class CompiledSquaredReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k):
-        y = torch.relu(k).square_()
+        k = k.contiguous()
+        y = torch.empty_like(k)
+        call(getattr(library(), f"relu2_{str(k.dtype)[6:]}"), k, y, k.numel())
         ctx.save_for_backward(y)
         return y
 
@@ -184,7 +501,16 @@ class SquaredReLU(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
-        return torch.sqrt(y).mul_(dy).mul_(2)
+        dk = torch.empty_like(y)
+        call(getattr(library(), f"relu2_backward_{str(y.dtype)[6:]}"), y, dy.contiguous(), dk, y.numel())
+        return dk
+
+
+def narrow(h):
+    """Whether autocast makes products take bf16 of fp32's h: then token_shift writes that, and no cast follows."""
+    kind = h.device.type
+    return (h.dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            and torch.get_autocast_dtype(kind) == torch.bfloat16)
 
 
 if triton is not None:
@@ -362,9 +688,9 @@ if triton is not None:
     Tensors = list[torch.Tensor]
 
     @torch.library.custom_op("kernels::token_shift", mutates_args=())
-    def token_shift_op(h: torch.Tensor, last: torch.Tensor | None, mus: Tensors) -> Tensors:
+    def token_shift_op(h: torch.Tensor, last: torch.Tensor | None, mus: Tensors, narrow: bool) -> Tensors:
         grid, how = shift_grid(h)
-        xs = [h.new_empty(h.shape) for _ in mus]
+        xs = [torch.empty_like(h, dtype=torch.bfloat16 if narrow else h.dtype) for _ in mus]
         shift_fwd_kernel[grid](h, last, tuple(mus), tuple(xs), *h.shape[1:], M=len(mus), **how)
         return xs
 
@@ -420,7 +746,8 @@ if triton is not None:
 
     like = lambda *ts: [t.new_empty(t.shape) for t in ts]
     fp32 = lambda x, n: x.new_empty(n, x.shape[-1], dtype=torch.float32)
-    token_shift_op.register_fake(lambda h, last, mus: like(*[h] * len(mus)))
+    token_shift_op.register_fake(
+        lambda h, last, mus, narrow: [torch.empty_like(h, dtype=torch.bfloat16 if narrow else h.dtype) for _ in mus])
     token_shift_bwd_op.register_fake(lambda h, last, mus, dxs: [*like(h), fp32(h, len(mus))])
     gates_op.register_fake(lambda k, *_: like(k, k, k, k))
     gates_bwd_op.register_fake(lambda k, *_: [*like(k, k, k), fp32(k, 2)])
@@ -429,8 +756,11 @@ if triton is not None:
     squared_relu_op.register_fake(lambda x, dy: x.new_empty(x.shape))
 
     def save_inputs(ctx, inputs, output):
-        *first, final = inputs  # token_shift's mus are a list
-        ctx.save_for_backward(*first, *(final if isinstance(final, (list, tuple)) else [final]))
+        ctx.save_for_backward(*inputs)
+
+    def save_shift(ctx, inputs, output):
+        h, last, mus, _ = inputs
+        ctx.save_for_backward(h, last, *mus)
 
     def token_shift_backward(ctx, dxs):
         h, last, *mus = ctx.saved_tensors
@@ -438,7 +768,7 @@ if triton is not None:
         dlast = None
         if last is not None:
             dlast = sum(dx[:, 0].float() * mu[0] for dx, mu in zip(dxs, mus)).to(last.dtype)
-        return dh, dlast, [d.view(mu.shape).to(mu.dtype) for d, mu in zip(dmu, mus)]
+        return dh, dlast, [d.view(mu.shape).to(mu.dtype) for d, mu in zip(dmu, mus)], None
 
     def save_gates(ctx, inputs, output):
         *tensors, ctx.N = inputs
@@ -454,7 +784,7 @@ if triton is not None:
         *grads, dparams = readout_bwd_op(*tensors, rho, weight, bias, dout.contiguous())
         return *grads, *(d.view(p.shape).to(p.dtype) for d, p in zip(dparams, (rho, weight, bias)))
 
-    token_shift_op.register_autograd(token_shift_backward, setup_context=save_inputs)
+    token_shift_op.register_autograd(token_shift_backward, setup_context=save_shift)
     gates_op.register_autograd(gates_backward, setup_context=save_gates)
     readout_op.register_autograd(readout_backward, setup_context=save_inputs)
     squared_relu_op.register_autograd(
@@ -466,8 +796,8 @@ def token_shift(h, last, mus):
     """h (B, T, C), last (B, C) or None, mus: some (1, 1, C) -> as many mixes (B, T, C)."""
     which = form(h)
     if which == "triton":
-        return token_shift_op(h.contiguous(), None if last is None else last.contiguous(), list(mus))
-    return token_shift_ref(h, last, mus) if which == "ref" or h.shape[1] == 1 else TokenShift.apply(h, last, *mus)
+        return token_shift_op(h.contiguous(), None if last is None else last.contiguous(), list(mus), narrow(h))
+    return CompiledShift.apply(h, last, *mus) if which == "torch" and compiles(h) else token_shift_ref(h, last, mus)
 
 
 def gates(k, w, a, k_k, k_a, N):
@@ -475,7 +805,8 @@ def gates(k, w, a, k_k, k_a, N):
     which = form(k)
     if which == "triton":
         return gates_op(k.contiguous(), w.contiguous(), a.contiguous(), k_k, k_a, N)
-    return gates_ref(k, w, a, k_k, k_a, N) if which == "ref" or k.shape[1] == 1 else Gates.apply(k, w, a, k_k, k_a, N)
+    op = CompiledGates.apply if which == "torch" and compiles(k, w, a) else gates_ref
+    return op(k, w, a, k_k, k_a, N)
 
 
 def readout(y, r, k, v, g, rho, weight, bias):
@@ -483,7 +814,7 @@ def readout(y, r, k, v, g, rho, weight, bias):
     which = form(g)
     if which == "triton":
         return readout_op(*(x.contiguous() for x in (y, r, k, v, g)), rho, weight, bias)
-    op = readout_ref if which == "ref" or g.shape[1] == 1 else Readout.apply
+    op = CompiledReadout.apply if which == "torch" and compiles(y, r, k, v, g) else readout_ref
     return op(y, r, k, v, g, rho, weight, bias)
 
 
@@ -492,4 +823,4 @@ def squared_relu(k):
     which = form(k)
     if which == "triton":
         return squared_relu_op(k.contiguous(), None)
-    return squared_relu_ref(k) if which == "ref" else SquaredReLU.apply(k)
+    return CompiledSquaredReLU.apply(k) if which == "torch" and compiles(k) else squared_relu_ref(k)

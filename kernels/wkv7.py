@@ -117,10 +117,17 @@ def compiled(source):
 
 
 def call(function, *args):
-    """function(*args): contiguous tensors or None as pointers, ints as int64. Fake tensors are only shapes: no call."""
-    if not any(isinstance(a, torch._subclasses.FakeTensor) for a in args):
-        function(*(ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
-                   for a in args))
+    """function(*args): contiguous tensors or None as pointers, lists of tensors as arrays of pointers, ints as int64.
+    Fake tensors are only shapes: no call."""
+    given = []
+    for a in args:
+        if isinstance(a, torch._subclasses.FakeTensor) or isinstance(a, list) and any(
+                isinstance(t, torch._subclasses.FakeTensor) for t in a):
+            return
+        given.append(ctypes.c_int64(a) if isinstance(a, int)
+                     else (ctypes.c_void_p * len(a))(*(t.data_ptr() for t in a)) if isinstance(a, list)
+                     else ctypes.c_void_p(None if a is None else a.data_ptr()))
+    function(*given)
 # ----- end -----
 
 
@@ -269,35 +276,41 @@ static inline float sum(vec x) {
     return q[0][0] + q[0][1] + (q[0][2] + q[0][3]);
 }
 
-static inline void load(const float *from, vec *to) {
-    to[M - 1] = (vec){0};
-    memcpy(to, from, 4 * N);
+static inline void load(const void *x, num x16, num at, vec *to) {  /* N from the at-th on; what is left of M stays */
+    get(x, x16, at, N, (float *)to);
 }
 
-/* d: e^w. s holds S transposed: a row is a key, lanes are values, so that S a and S r are sums of rows. */
-void forward(const float *r, const float *d, const float *k, const float *v, const float *a, const float *b,
-             float *y, float *states, float *state, num B, num T, num H) {
+static inline void decay(vec *w) {  /* e^w */
+    for (num n = 0; n < P; n++) ((float *)w)[n] = ex2(1.44269504f * ((float *)w)[n]);
+}
+
+/* s holds S transposed: a row is a key, lanes are values, so that S a and S r are sums of rows. */
+void forward(const void *r, const void *w, const void *k, const void *v, const void *a, const void *b, void *y,
+             float *states, float *state, num B, num T, num H, num x16) {
     num chunks = (T + Q - 1) / Q;
     #pragma omp parallel for schedule(static) if (B * H * T > 8)
     for (num i = 0; i < B * H; i++) {
-        vec s[N][M];
-        float *at_start = state + i * N * N;
+        vec s[N][M], x[6][M] = {0};
+        float *r_t = (float *)x[0], *d_t = (float *)x[1], *k_t = (float *)x[2], *a_t = (float *)x[4],
+              *b_t = (float *)x[5], *at_start = state + i * N * N;
+        const void *ins[6] = {r, w, k, v, a, b};
         memset(s, 0, sizeof s);
         for (num row = 0; row < N; row++)
             for (num j = 0; j < N; j++) ((float *)s[j])[row] = at_start[row * N + j];
         for (num t = 0; t < T; t++) {
             num at = ((i / H * T + t) * H + i % H) * N;
             if (t % Q == 0 && states) memcpy(states + (i * chunks + t / Q) * N * P, s, sizeof s);
-            vec u[M] = {0}, y_t[M] = {0}, v_t[M];
-            load(v + at, v_t);
+            vec u[M] = {0}, y_t[M] = {0};
+            for (num n = 0; n < 6; n++) load(ins[n], x16, at, x[n]);
+            decay(x[1]);
             for (num j = 0; j < N; j++)
-                for (num m = 0; m < M; m++) u[m] += s[j][m] * a[at + j];
+                for (num m = 0; m < M; m++) u[m] += s[j][m] * a_t[j];
             for (num j = 0; j < N; j++)
                 for (num m = 0; m < M; m++) {
-                    s[j][m] = s[j][m] * d[at + j] + u[m] * b[at + j] + v_t[m] * k[at + j];
-                    y_t[m] += s[j][m] * r[at + j];
+                    s[j][m] = s[j][m] * d_t[j] + u[m] * b_t[j] + x[3][m] * k_t[j];
+                    y_t[m] += s[j][m] * r_t[j];
                 }
-            memcpy(y + at, y_t, 4 * N);
+            put((float *)y_t, N, x16, y, at);
         }
         for (num row = 0; row < N; row++)
             for (num j = 0; j < N; j++) at_start[row * N + j] = ((float *)s[j])[row];
@@ -305,68 +318,80 @@ void forward(const float *r, const float *d, const float *k, const float *v, con
 }
 
 /* g: dL/dfinal before, dL/dinitial after; R is dL/dS. A row is a value, lanes are keys: five of six gradients sum rows.
-   With dy and r:  R += dy r^T;   du = R b,  dv = R k,  dr = S^T dy,  db = R^T u,  dk = R^T v,  dd = rows of R S_before,
-   da = S_before^T du,   and on to the token before:  R = R diag(d) + du a^T */
-void backward(const float *r, const float *d, const float *k, const float *v, const float *a, const float *b,
-              const float *states, const float *dy, float *dr, float *dd, float *dk, float *dv, float *da, float *db,
-              float *g, num B, num T, num H) {
+   With dy and r, d = e^w:  R += dy r^T;   du = R b,  dv = R k,  dr = S^T dy,  db = R^T u,  dk = R^T v,
+   dw = d (rows of R S_before),  da = S_before^T du,   and on to the token before:  R = R diag(d) + du a^T */
+void backward(const void *r, const void *w, const void *k, const void *v, const void *a, const void *b,
+              const float *states, const void *dy, void *dr, void *dw, void *dk, void *dv, void *da, void *db,
+              float *g, num B, num T, num H, num x16) {
     num chunks = (T + Q - 1) / Q;
     #pragma omp parallel for schedule(static)
     for (num i = 0; i < B * H; i++) {
-        vec R[N][M], sums[Q][5][M], (*s)[ROWS][M] = aligned_alloc(64, (Q + 1) * sizeof *s);
+        vec R[N][M] = {0}, sums[Q][5][M], (*s)[ROWS][M] = aligned_alloc(64, (Q + 1) * sizeof *s);
+        vec r_t[M] = {0}, d_t[M] = {0}, k_t[M] = {0}, a_t[M] = {0}, b_t[M] = {0};
         float u[Q][ROWS];
-        for (num row = 0; row < N; row++) load(g + (i * N + row) * N, R[row]);
+        for (num row = 0; row < N; row++) load(g, 0, (i * N + row) * N, R[row]);
         for (num c = chunks - 1; c >= 0; c--) {
             num first = c * Q, count = T - first < Q ? T - first : Q;
             memset(sums, 0, sizeof sums);
             for (num top = 0; top < N; top += ROWS) {  /* ROWS values at a time: Q states of so many stay in cache */
                 num rows = N - top < ROWS ? N - top : ROWS;
+                float v_t[ROWS], dy_t[ROWS], dv_t[ROWS];
                 memset(s[0], 0, sizeof s[0]);
                 for (num j = 0; j < N; j++)
                     for (num row = 0; row < rows; row++)
                         ((float *)s[0][row])[j] = states[((i * chunks + c) * N + j) * P + top + row];
                 for (num t = 0; t < count; t++) {
                     num at = ((i / H * T + first + t) * H + i % H) * N;
-                    vec d_t[M], k_t[M], a_t[M], b_t[M];
-                    load(d + at, d_t), load(k + at, k_t), load(a + at, a_t), load(b + at, b_t);
+                    load(w, x16, at, d_t), load(k, x16, at, k_t), load(a, x16, at, a_t), load(b, x16, at, b_t);
+                    decay(d_t);
+                    get(v, x16, at + top, rows, v_t);
                     for (num row = 0; row < rows; row++) {
                         vec p = {0}, *old = s[t][row], *new = s[t + 1][row];
                         for (num m = 0; m < M; m++) p += old[m] * a_t[m];
-                        float u_t = u[t][row] = sum(p), v_t = v[at + top + row];
-                        for (num m = 0; m < M; m++) new[m] = old[m] * d_t[m] + u_t * b_t[m] + v_t * k_t[m];
+                        float u_t = u[t][row] = sum(p);
+                        for (num m = 0; m < M; m++) new[m] = old[m] * d_t[m] + u_t * b_t[m] + v_t[row] * k_t[m];
                     }
                 }
                 for (num t = count - 1; t >= 0; t--) {
                     num at = ((i / H * T + first + t) * H + i % H) * N;
-                    vec r_t[M], d_t[M], k_t[M], a_t[M], b_t[M], o[5][M];
-                    load(r + at, r_t), load(d + at, d_t), load(k + at, k_t), load(a + at, a_t), load(b + at, b_t);
+                    vec o[5][M];
+                    load(r, x16, at, r_t), load(w, x16, at, d_t), load(k, x16, at, k_t), load(a, x16, at, a_t);
+                    load(b, x16, at, b_t);
+                    decay(d_t);
+                    get(v, x16, at + top, rows, v_t);
+                    get(dy, x16, at + top, rows, dy_t);
                     memcpy(o, sums[t], sizeof o);
                     for (num row = 0; row < rows; row++) {
                         vec x[M], pu = {0}, pv = {0}, *old = s[t][row], *new = s[t + 1][row];
-                        float o_t = dy[at + top + row], u_t = u[t][row], v_t = v[at + top + row];
+                        float o_t = dy_t[row], u_t = u[t][row];
                         for (num m = 0; m < M; m++) {
                             x[m] = R[top + row][m] + o_t * r_t[m];
                             pu += x[m] * b_t[m];
                             pv += x[m] * k_t[m];
                             o[0][m] += new[m] * o_t;
                             o[1][m] += x[m] * old[m];
-                            o[2][m] += x[m] * v_t;
+                            o[2][m] += x[m] * v_t[row];
                             o[4][m] += x[m] * u_t;
                         }
                         float du = sum(pu);
-                        dv[at + top + row] = sum(pv);
+                        dv_t[row] = sum(pv);
                         for (num m = 0; m < M; m++) {
                             o[3][m] += old[m] * du;
                             R[top + row][m] = x[m] * d_t[m] + du * a_t[m];
                         }
                     }
+                    put(dv_t, rows, x16, dv, at + top);
                     memcpy(sums[t], o, sizeof o);
                 }
             }
-            float *out[5] = {dr, dd, dk, da, db};
-            for (num t = 0; t < count; t++)
-                for (num n = 0; n < 5; n++)
-                    memcpy(out[n] + ((i / H * T + first + t) * H + i % H) * N, sums[t][n], 4 * N);
+            void *out[5] = {dr, dw, dk, da, db};
+            for (num t = 0; t < count; t++) {
+                num at = ((i / H * T + first + t) * H + i % H) * N;
+                load(w, x16, at, d_t);
+                decay(d_t);
+                for (num m = 0; m < M; m++) sums[t][1][m] *= d_t[m];
+                for (num n = 0; n < 5; n++) put((float *)sums[t][n], N, x16, out[n], at);
+            }
         }
         for (num row = 0; row < N; row++) memcpy(g + (i * N + row) * N, R[row], 4 * N);
         free(s);
@@ -387,32 +412,33 @@ class CompiledWKV7(torch.autograd.Function):
     @staticmethod
     def forward(ctx, r, w, k, v, a, b, initial):
         B, T, H, N = r.shape
-        f = [x.float().contiguous() for x in (r, w, k, v, a, b)]
-        f[1] = f[1].exp()
-        S = f[0].new_zeros(B, H, N, N) if initial is None else initial.to(torch.float32, copy=True).contiguous()
-        keep = any(ctx.needs_input_grad)
-        y, states = torch.empty_like(f[0]), f[0].new_empty(B, H, -(-T // Q), N, -(-N // 16) * 16) if keep else None
-        call(library(N).forward, *f, y, states, S, B, T, H)
-        ctx.save_for_backward(*f, states)
-        ctx.dtype, ctx.has_initial = r.dtype, initial is not None
+        ins = [x.contiguous() for x in (r, w, k, v, a, b)]
+        S = r.new_zeros(B, H, N, N, dtype=torch.float32) if initial is None else (
+            initial.to(torch.float32, copy=True).contiguous())
+        y, keep = torch.empty_like(ins[0]), any(ctx.needs_input_grad)
+        states = S.new_empty(B, H, -(-T // Q), N, -(-N // 16) * 16) if keep else None
+        ctx.how = B, T, H, int(r.dtype == torch.bfloat16)
+        call(library(N).forward, *ins, y, states, S, *ctx.how)
+        ctx.save_for_backward(*ins, states)
+        ctx.has_initial = initial is not None
         ctx.set_materialize_grads(False)  # an unused final state brings no gradient
-        return y.to(r.dtype), S
+        return y, S
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dfinal):
-        *f, states = ctx.saved_tensors
-        (B, T, H, N), decay = f[0].shape, f[1]
-        dy = torch.zeros_like(decay) if dy is None else dy.float().contiguous()
-        g = decay.new_zeros(B, H, N, N) if dfinal is None else dfinal.to(torch.float32, copy=True).contiguous()
-        grads = [torch.empty_like(x) for x in f]
-        call(library(N).backward, *f, states, dy, *grads, g, B, T, H)
-        grads[1] *= decay
-        return *(x.to(ctx.dtype) for x in grads), g if ctx.has_initial else None
+        *ins, states = ctx.saved_tensors
+        B, _, H, N = ins[0].shape
+        dy = torch.zeros_like(ins[0]) if dy is None else dy.contiguous()
+        g = states.new_zeros(B, H, N, N) if dfinal is None else dfinal.to(torch.float32, copy=True).contiguous()
+        grads = [torch.empty_like(x) for x in ins]
+        call(library(N).backward, *ins, states, dy, *grads, g, *ctx.how)
+        return *grads, g if ctx.has_initial else None
 
 
 def wkv7_torch(r, w, k, v, a, b, initial=None):
-    if r.is_cpu and r.dtype != torch.float64 and not torch.compiler.is_compiling() and library(r.shape[-1]):
+    compiles = r.is_cpu and r.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
+    if compiles and library(r.shape[-1]):
         return CompiledWKV7.apply(r, w, k, v, a, b, initial)
     return WKV7.apply(r, w, k, v, a, b, initial)
 

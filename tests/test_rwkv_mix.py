@@ -56,8 +56,10 @@ def launches(shapes, w_dtype=torch.float32):
 
 
 def official():
-    """16-bit tensors beside fp32 parameters, at the released head size, and fp32."""
+    """16-bit tensors beside fp32 parameters, at the released head size; fp32; token_shift under autocast."""
     launches([(64, "bfloat16"), (64, "float32")])
+    with torch.autocast("cpu", torch.bfloat16):
+        launches([(64, "float32")])
 
 
 def test_compiles():
@@ -100,20 +102,51 @@ def grads(f, args):
     return [*out, *torch.autograd.grad(out, tensors, up)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiler", [True, False])
 @pytest.mark.parametrize("name", OPS)
-def test_torch_form(name):
-    """The CPU's form, its backward written by hand, equals the definition; fp32 parameters beside 16-bit tensors."""
-    op, ref, *_ = OPS[name]
-    for more in (False, True):
-        args = inputs(name, 2, 19, 3, 8, more=more)
-        for a, b in zip(grads(op, args), grads(ref, args)):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    low = [t.detach().to(torch.bfloat16 if t.ndim == 3 and t.shape[0] > 1 else torch.float32).requires_grad_()
-           if torch.is_tensor(t) else t for t in args]
-    exact = grads(ref, [t.detach().double().requires_grad_() if torch.is_tensor(t) else t for t in low])
-    for a, b, t in zip(grads(op, low), exact, [*[low[0]] * (len(exact) - sum(map(torch.is_tensor, low))),
-                                               *filter(torch.is_tensor, low)]):
-        assert a.dtype == t.dtype and (a.double() - b).norm() < 1.6e-2 * b.norm()
+def test_on_a_cpu(name, compiler, dtype, monkeypatch):
+    """Loops in C, and without a compiler the definition, against it in fp64; fp32 parameters beside bf16 tensors. One
+    token; rows that two threads share unevenly, where a sequence ends inside a thread's run and at its end."""
+    if compiler and not M.library():
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(M, "library", M.library if compiler else lambda: None)
+    op, ref, n, _ = OPS[name]
+    for shape in [(1, 1, 2, 16), (2, 19, 3, 8), (3, 7, 1, 20), (2, 5, 2, 64)]:
+        for more in (False, True):
+            low = [t.detach().to(dtype if i < n or t.ndim == 2 and t.shape == (shape[0], shape[2] * shape[3])
+                                 else torch.float32).requires_grad_() if torch.is_tensor(t) else t
+                   for i, t in enumerate(inputs(name, *shape, more=more))]
+            exact = grads(ref, [t.detach().double().requires_grad_() if torch.is_tensor(t) else t for t in low])
+            found = grads(op, low)
+            want = [low[0].dtype] * (len(exact) - sum(map(torch.is_tensor, low)))
+            want += [t.dtype for t in low if torch.is_tensor(t)]
+            assert [a.dtype for a in found] == want
+            for a, b in zip(found, exact):
+                assert (a.double() - b).norm() < (1e-6 if dtype == torch.float32 else 1.6e-2) * b.norm()
+
+
+@pytest.mark.parametrize("kind", ["torch", "triton"])
+def test_token_shift_under_autocast(kind, monkeypatch):
+    """What a product would round to bf16 comes in bf16, the same numbers, and gradients are the same."""
+    if kind == "torch" and not M.library():
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(M, "KERNELS", kind)
+    h, mu1, mu2 = inputs("token_shift", 2, 9, 2, 8, torch.float32)
+    w = torch.randn(16, 16)
+
+    def run():
+        xs = token_shift(h, mu1, mu2)
+        with torch.autocast("cpu", torch.bfloat16):
+            ys = [x @ w for x in xs]
+        return xs, torch.autograd.grad(sum(y.float().square().sum() for y in ys), (h, mu1, mu2))
+
+    plain, want = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        xs, found = run()
+    assert all(x.dtype == torch.bfloat16 and torch.equal(x, p.bfloat16()) for x, p in zip(xs, plain))
+    for a, b in zip(found, want):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_registration(monkeypatch):
