@@ -18,7 +18,14 @@ program of backward writes its sums for dw and db, one row for 128 of x, which P
 repeat bit for bit. FLOPs an element: 2W + 5 forward, about W (2W + 12) + 4W backward, since a tile computes a at its
 own rows and the W-1 after them W times over; with W = 4 in bf16 memory is still the bound (504 GB/s against 29 TFLOPS).
 """
+import ctypes
+import functools
 import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
 
 import torch
 
@@ -40,6 +47,75 @@ def form(x):
 # ----- end -----
 
 
+# ----- c (shared) -----
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C
+# here, which gcc or clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with
+# KERNELS_C=0, the plain form in PyTorch serves.
+HEADER = r"""
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+typedef int64_t num;
+static inline float bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static inline float from_bf16(uint16_t x) { return bits((uint32_t)x << 16); }
+static inline uint16_t to_bf16(float x) {  /* to nearest, ties to even; what is not a number stays so */
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+static inline float ex2(float x) {  /* 2^x: a polynomial for the fraction, the exponent's bits for the rest */
+    x = x < -126 ? -126 : x > 126 ? 126 : x;
+    float n = rintf(x), f = x - n, p = 1.54353e-4f * f + 1.3333558e-3f;
+    p = ((((p * f + 9.6181291e-3f) * f + 5.5504109e-2f) * f + 2.4022651e-1f) * f + 0.693147181f) * f + 1;
+    return p * bits((uint32_t)((int32_t)n + 127) << 23);
+}
+static inline float sigmoid(float x) { return 1 / (1 + ex2(-1.44269504f * x)); }
+static inline void get(const void *x, num x16, num at, num n, float *to) {  /* n from the at-th on; x16: bf16? */
+    if (x16) for (num i = 0; i < n; i++) to[i] = from_bf16(((uint16_t *)x)[at + i]);
+    else memcpy(to, (float *)x + at, 4 * n);
+}
+static inline void put(const float *x, num n, num to16, void *to, num at) {
+    if (to16) for (num i = 0; i < n; i++) ((uint16_t *)to)[at + i] = to_bf16(x[i]);
+    else memcpy((float *)to + at, x, 4 * n);
+}
+"""
+
+
+@functools.cache
+def compiled(source):
+    """HEADER + source as a library, or None without a compiler. Its loops run on PyTorch's own OpenMP threads."""
+    cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if not cc or os.environ.get("KERNELS_C") == "0":
+        return None
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
+    flags += ["-mprefer-vector-width=512"] if os.uname().machine == "x86_64" else []  # gcc's own choice is 256
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            Path(tmp, "c.c").write_text(HEADER + source)
+            subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
+            return ctypes.CDLL(str(Path(tmp, "c.so")))
+    except (OSError, subprocess.CalledProcessError) as e:
+        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; "
+                      "KERNELS_C=0 asks for those")
+        return None
+
+
+def call(function, *args):
+    """function(*args): contiguous tensors or None as pointers, lists of tensors as arrays of pointers, ints as int64.
+    Fake tensors are only shapes: no call."""
+    given = []
+    for a in args:
+        if isinstance(a, torch._subclasses.FakeTensor) or isinstance(a, list) and any(
+                isinstance(t, torch._subclasses.FakeTensor) for t in a):
+            return
+        given.append(ctypes.c_int64(a) if isinstance(a, int)
+                     else (ctypes.c_void_p * len(a))(*(t.data_ptr() for t in a)) if isinstance(a, list)
+                     else ctypes.c_void_p(None if a is None else a.data_ptr()))
+    function(*given)
+# ----- end -----
+
+
 def causal_conv1d_ref(x, w, b=None, initial=None, activation="silu"):
     """The definition; fp32 inside, fp64 for fp64."""
     (B, T, E), W, dtype = x.shape, w.shape[1], torch.promote_types(x.dtype, torch.float32)
@@ -51,48 +127,133 @@ def causal_conv1d_ref(x, w, b=None, initial=None, activation="silu"):
     return (torch.nn.functional.silu(a) if activation == "silu" else a).to(x.dtype)
 
 
-class Conv(torch.autograd.Function):
-    """The fast plain-PyTorch form, with zeros before x: W multiply-adds on shifted views, and only x is kept."""
+# W, the number of taps, is known when the loops are compiled. A thread has a run of one sequence's times, and the last
+# W rows of x (backward: of dx, too, which da_t adds to) in a ring. x: `step` elements from one time to the next.
+SOURCE = r"""
+#define RING(t) (((t) + W) % W)
+
+static void row(const void *x, const void *initial, num b, num t, num E, num step_b, num step, num x16, num i16,
+                float *to) {
+    if (t >= 0) get(x, x16, b * step_b + t * step, E, to);
+    else if (initial) get(initial, i16, (b * (W - 1) + t + W - 1) * E, E, to);
+    else memset(to, 0, 4 * E);
+}
+
+static void conv(const float *x, const float *taps, const float *bias, num t, num E, float *a) {
+    const float *at[W];  /* x_t, x_{t-1}, ... */
+    for (num k = 0; k < W; k++) at[k] = x + RING(t - k) * E;
+    for (num e = 0; e < E; e++) {
+        float sum = bias ? bias[e] : 0;
+        for (num k = 0; k < W; k++) sum += taps[(W - 1 - k) * E + e] * at[k][e];
+        a[e] = sum;
+    }
+}
+
+void forward(const void *x, const float *taps, const float *bias, const void *initial, void *y, num B, num T, num E,
+             num parts, num step_b, num step, num silu, num x16, num i16) {
+    num run = (T + parts - 1) / parts;
+    #pragma omp parallel for schedule(static) if (B * T > 8)
+    for (num i = 0; i < B * parts; i++) {
+        num b = i / parts, first = i % parts * run, end = first + run < T ? first + run : T;
+        float ring[W * E], a[E];
+        for (num t = first - W + 1; t < first; t++)
+            row(x, initial, b, t, E, step_b, step, x16, i16, ring + RING(t) * E);
+        for (num t = first; t < end; t++) {
+            row(x, initial, b, t, E, step_b, step, x16, i16, ring + RING(t) * E);
+            conv(ring, taps, bias, t, E, a);
+            if (silu) for (num e = 0; e < E; e++) a[e] *= sigmoid(a[e]);
+            put(a, E, x16, y, (b * T + t) * E);
+        }
+    }
+}
+
+/* dx_t is whole once da_{t+W-1} is there: a run goes on for W - 1 times after its end. sums (B parts, W + 1, E) */
+void backward(const void *x, const float *taps, const float *bias, const void *initial, const void *dy, void *dx,
+              void *dinitial, float *sums, num B, num T, num E, num parts, num step_b, num step, num silu, num x16,
+              num i16) {
+    num run = (T + parts - 1) / parts;
+    #pragma omp parallel for schedule(static)
+    for (num i = 0; i < B * parts; i++) {
+        num b = i / parts, first = i % parts * run, end = first + run < T ? first + run : T;
+        float ring[W * E], dring[W * E], a[E], da[E], *dtaps = sums + i * (W + 1) * E, *db = dtaps + W * E;
+        memset(dtaps, 0, 4 * (W + 1) * E);
+        memset(dring, 0, sizeof dring);
+        for (num t = first - W + 1; t < first && first < end; t++)
+            row(x, initial, b, t, E, step_b, step, x16, i16, ring + RING(t) * E);
+        for (num t = first; t < end + W - 1 && first < end; t++) {
+            if (t < T) {
+                row(x, initial, b, t, E, step_b, step, x16, i16, ring + RING(t) * E);
+                conv(ring, taps, bias, t, E, a);
+                get(dy, x16, (b * T + t) * E, E, da);
+                if (silu) for (num e = 0; e < E; e++) {
+                    float s = sigmoid(a[e]);
+                    da[e] *= s * (1 + a[e] * (1 - s));
+                }
+                memset(dring + RING(t) * E, 0, 4 * E);
+                for (num k = 0; k < W; k++) {
+                    float *d = dring + RING(t - k) * E, *x_k = ring + RING(t - k) * E, *sum = dtaps + (W - 1 - k) * E;
+                    const float *tap = taps + (W - 1 - k) * E;
+                    #pragma omp simd
+                    for (num e = 0; e < E; e++) d[e] += tap[e] * da[e];
+                    if (t < end) {
+                        #pragma omp simd
+                        for (num e = 0; e < E; e++) sum[e] += da[e] * x_k[e];
+                    }
+                }
+                if (t < end) for (num e = 0; e < E; e++) db[e] += da[e];
+            }
+            num u = t - W + 1;
+            if (u >= first) put(dring + RING(u) * E, E, x16, dx, (b * T + u) * E);
+            else if (u < 0 && initial) put(dring + RING(u) * E, E, i16, dinitial, (b * (W - 1) + t) * E);
+        }
+    }
+}
+"""
+
+
+@functools.cache
+def library(W):
+    return compiled(f"enum {{ W = {W} }};" + SOURCE)
+
+
+class CompiledConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b, initial, silu):
+        x = x if x.stride(2) == 1 else x.contiguous()
+        initial = None if initial is None else initial.contiguous()
+        ctx.save_for_backward(x, w, b, initial)
+        B, T, E = x.shape
+        parts = max(1, min(T // 16, -(-torch.get_num_threads() // B)))
+        ctx.how = B, T, E, parts, *x.stride()[:2], int(silu), *(int(t is not None and t.dtype == torch.bfloat16)
+                                                                for t in (x, initial))
+        y = torch.empty(x.shape, dtype=x.dtype)
+        call(library(w.shape[1]).forward, x, *CompiledConv.wide(w, b), initial, y, *ctx.how)
+        return y
 
     @staticmethod
-    def conv(x, taps, b):
-        """x (B, T, E), taps (W, E) -> a (B, T, E)"""
-        a = x * taps[-1] if b is None else torch.addcmul(b, x, taps[-1])
-        for k in range(1, len(taps)):  # k steps back in time
-            a[:, k:].addcmul_(x[:, :-k], taps[-1 - k])
-        return a
-
-    @staticmethod
-    def forward(ctx, x, w, b, silu):
-        ctx.save_for_backward(x, w, b)
-        ctx.silu, dtype = silu, torch.promote_types(x.dtype, torch.float32)
-        a = Conv.conv(x.to(dtype), w.t().to(dtype).contiguous(), None if b is None else b.to(dtype))
-        return (torch.nn.functional.silu(a, inplace=True) if silu else a).to(x.dtype)
+    def wide(w, b):
+        """-> taps (W, E) and b, fp32"""
+        return w.t().float().contiguous(), None if b is None else b.float().contiguous()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, w, b = ctx.saved_tensors
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        h, da, taps = x.to(dtype), dy.to(dtype), w.t().to(dtype).contiguous()  # (W, E)
-        if ctx.silu:
-            da = torch.ops.aten.silu_backward(da, Conv.conv(h, taps, None if b is None else b.to(dtype)))
-        dtaps, ones = torch.empty_like(taps), h.new_ones(h.shape[0] * h.shape[1])
-        total = lambda t: ones[:t.shape[0] * t.shape[1]] @ t.flatten(0, 1)  # over batch and time; sum((0, 1)) is slower
-        with torch.autocast(x.device.type, enabled=False):
-            dx = da * taps[-1]
-            dtaps[-1] = total(da * h)
-            for k in range(1, len(taps)):
-                dx[:, :-k].addcmul_(da[:, k:], taps[-1 - k])
-                dtaps[-1 - k] = total(da[:, k:] * h[:, :-k])
-            db = None if b is None else total(da).to(b.dtype)
-        return dx.to(x.dtype), dtaps.t().to(w.dtype), db, None
+        x, w, b, initial = ctx.saved_tensors
+        (B, _, E, parts), W = ctx.how[:4], w.shape[1]
+        dx, dinitial = torch.empty(x.shape, dtype=x.dtype), None if initial is None else torch.empty_like(initial)
+        sums = dx.new_empty(B * parts, W + 1, E, dtype=torch.float32)
+        call(library(W).backward, x, *CompiledConv.wide(w, b), initial, dy.contiguous(), dx, dinitial, sums, *ctx.how)
+        sums = sums.sum(0)
+        return dx, sums[:-1].t().to(w.dtype), None if b is None else sums[-1].to(b.dtype), dinitial, None
 
 
 def causal_conv1d_torch(x, w, b=None, initial=None, activation="silu"):
-    if initial is None:
-        return Conv.apply(x, w, b, activation == "silu")
-    return Conv.apply(torch.cat([initial.to(x.dtype), x], 1), w, b, activation == "silu")[:, w.shape[1] - 1:]
+    """A loop in C for fp32 and bf16 on a CPU; the definition elsewhere."""
+    narrow = (torch.float32, torch.bfloat16)
+    if (x.is_cpu and x.dtype in narrow and (initial is None or initial.dtype in narrow) and x.numel()
+            and not torch.compiler.is_compiling() and library(w.shape[1])):
+        return CompiledConv.apply(x, w, b, initial, activation == "silu")
+    return causal_conv1d_ref(x, w, b, initial, activation)
 
 
 if triton is not None:

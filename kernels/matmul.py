@@ -388,9 +388,9 @@ ONEDNN_BF16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def rows(x, w, b):
-    """F.linear. On a CPU by oneDNN in fp32 where MKL is slow, and for a few rows without gradients, which is what
-    generation asks for: there it reads the weights at up to twice MKL's rate; and in bf16 with a bias, which F.linear
-    copies into all rows first."""
+    """F.linear. On a CPU by oneDNN in fp32 where MKL is slow, and in bf16 with a bias, which F.linear copies into all
+    rows first. Generation's one row without gradients, which has to wait for the weights, is a product of a matrix with
+    a vector: that reads them at up to twice the rate; on AMD's CPUs oneDNN does so."""
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b))
     if x.is_cpu and x.numel() and torch.is_autocast_enabled("cpu"):
         narrow = torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.dtype != torch.float64
@@ -399,10 +399,13 @@ def rows(x, w, b):
             with torch.autocast("cpu", enabled=False):
                 return OneDNN.apply(x, w, b) if wanted else onednn(x, w, b)
     elif x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
-        if wanted:
-            return OneDNN.apply(x, w, b) if MKL_IS_SLOW else F.linear(x, w, b)
-        if MKL_IS_SLOW or ONEDNN and x.numel() <= 16 * x.shape[-1]:
-            return onednn(x, w, b)
+        if MKL_IS_SLOW:
+            return OneDNN.apply(x, w, b) if wanted else onednn(x, w, b)
+        if x.numel() == x.shape[-1] and not wanted:
+            if ONEDNN and CPU.get("cpu_name", "").startswith("AMD"):
+                return onednn(x, w, b)
+            y = torch.mv(w, x.view(-1)) if b is None else torch.addmv(b, w, x.view(-1))
+            return y.view(*x.shape[:-1], len(w))
     return F.linear(x, w, b)
 
 
@@ -450,7 +453,7 @@ class GELU(torch.autograd.Function):
 
 def gelu(z):
     """Its tanh form. z: any shape."""
-    fits = z.is_cpu and z.dtype in (torch.float32, torch.bfloat16) and z.is_contiguous()
+    fits = z.is_cpu and z.dtype in (torch.float32, torch.bfloat16) and z.is_contiguous() and z.numel() > 4096
     if fits and not torch.compiler.is_compiling() and compiled(SOURCE):
         return GELU.apply(z)
     return F.gelu(z, approximate="tanh")

@@ -408,6 +408,7 @@ def compiles(*tensors):
             and len({t.dtype for t in tensors}) == 1 and not torch.compiler.is_compiling() and library() is not None)
 
 
+@functools.cache
 def library():
     return compiled(f"static const float FASTEST = {FASTEST!r}f, EPS = {EPS}f;" + SOURCE)
 
@@ -797,7 +798,8 @@ def token_shift(h, last, mus):
     which = form(h)
     if which == "triton":
         return token_shift_op(h.contiguous(), None if last is None else last.contiguous(), list(mus), narrow(h))
-    return CompiledShift.apply(h, last, *mus) if which == "torch" and compiles(h) else token_shift_ref(h, last, mus)
+    fast = which == "torch" and h.shape[1] > 1 and compiles(h)  # of one token the definition is as fast
+    return CompiledShift.apply(h, last, *mus) if fast else token_shift_ref(h, last, mus)
 
 
 def gates(k, w, a, k_k, k_a, N):
@@ -823,4 +825,5 @@ def squared_relu(k):
     which = form(k)
     if which == "triton":
         return squared_relu_op(k.contiguous(), None)
-    return CompiledSquaredReLU.apply(k) if which == "torch" and compiles(k) else squared_relu_ref(k)
+    fast = which == "torch" and k.numel() > 4096 and compiles(k)
+    return CompiledSquaredReLU.apply(k) if fast else squared_relu_ref(k)
