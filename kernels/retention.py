@@ -29,8 +29,8 @@ in backward (dq, dk, dv: three launches of the same kernel) each input once a la
 columns (7 at V = 432) read x and y each, from the cache: they run side by side.
 FLOPs: 2 T (c K + c V + 2 K V) a head forward, three times that backward; products with c x c matrices are done whole.
 
-CPU, fp32: token by token as a loop in C, backward too, half of the chunks' time (CompiledRetention); in 16 bits, in
-fp64, under torch.compile and without a compiler the chunks, in PyTorch's products (Retention).
+CPU: token by token as a loop in C for fp32 and bf16, backward too, half of the chunks' time in fp32
+(CompiledRetention); under torch.compile, without a compiler and for other dtypes the chunks (Retention).
 
 gated_norm: y = silu(z) * o r,  r = 1 / sqrt(mean(o^2) + eps) over the last dimension (eq. 8's group norm, per head).
     with s = silu(z), u = o r:  do = r (dy s - u mean(dy s u)), dz = dy u silu'(z). Saves o, z; 3 + 5 passes, the floor.
@@ -256,8 +256,8 @@ typedef float vec __attribute__((vector_size(64)));
 
 /* q, k (B, T, H, K), v (B, T, H, V), g (H) the decays e^a -> o (B, T, H, V). state (B, H, K, V), or (B, H, V, K) if
    turned: before the first token read, then after the last; backward decays it once more, to R of the token before. */
-void scan(const float *q, const float *k, const float *v, const float *g, float *o, float *state,
-          num B, num T, num H, num K, num V, num backward, num turned) {
+void scan(const void *q, const void *k, const void *v, const float *g, void *o, float *state,
+          num B, num T, num H, num K, num V, num backward, num turned, num x16) {
     num blocks = (V + W - 1) / W;
     #pragma omp parallel for schedule(static) if (B * H * T * K > 2048)
     for (num i = 0; i < B * H * blocks; i++) {
@@ -265,22 +265,24 @@ void scan(const float *q, const float *k, const float *v, const float *g, float 
         num row = turned ? 1 : V, column = turned ? K : 1;
         float *S = state + (b * H + h) * K * V + left * column;
         vec s[K][M], zero = {0};
+        float q_t[K], k_t[K];
         memset(s, 0, sizeof s);
         for (num j = 0; j < K; j++)
             for (num l = 0; l < n; l++) ((float *)s[j])[l] = S[j * row + l * column];
         for (num step = 0; step < T; step++) {
             num at = (b * T + (backward ? T - 1 - step : step)) * H + h;
-            const float *q_t = q + at * K, *k_t = k + at * K;
             float decay = backward && step == 0 ? 1 : g[h];
             vec v_t[M], o_t[M];
             for (num m = 0; m < M; m++) v_t[m] = o_t[m] = zero;
-            memcpy(v_t, v + at * V + left, 4 * n);
+            get(q, x16, at * K, K, q_t);
+            get(k, x16, at * K, K, k_t);
+            get(v, x16, at * V + left, n, (float *)v_t);
             for (num j = 0; j < K; j++)
                 for (num m = 0; m < M; m++) {
                     s[j][m] = s[j][m] * decay + v_t[m] * k_t[j];
                     o_t[m] += s[j][m] * q_t[j];
                 }
-            memcpy(o + at * V + left, o_t, 4 * n);
+            put((float *)o_t, n, x16, o, at * V + left);
         }
         for (num j = 0; j < K; j++)
             for (num l = 0; l < n; l++) S[j * row + l * column] = ((float *)s[j])[l] * (backward ? g[h] : 1);
@@ -295,22 +297,22 @@ def library(M):
 
 
 def scan(q, k, v, g, state, backward=False, turned=False):
-    """q, k (B, T, H, K), v (B, T, H, V), g (H,) -> o like v, fp32; state, (B, H, K, V) or turned, becomes the last."""
+    """q, k (B, T, H, K), v (B, T, H, V), g (H,) -> o like v; state, (B, H, K, V) or turned, becomes the last."""
     o, V = torch.empty_like(v), v.shape[3]
     call(library(4 if V > 32 else 2 if V > 16 else 1).scan, q, k, v, g, o, state, *q.shape, V,
-         int(backward), int(turned))
+         int(backward), int(turned), int(v.dtype == torch.bfloat16))
     return o
 
 
 class CompiledRetention(torch.autograd.Function):
-    """The recurrence as it is written at the top, in fp32; the inputs are all that is kept."""
+    """The recurrence as it is written at the top, fp32 inside; the inputs are all that is kept."""
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, initial):
         q, k, v = (x.contiguous() for x in (q, k, v))
         g = log_decay.float().exp()
-        S = (v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if initial is None else
-             initial.to(v.dtype, copy=True).contiguous())
+        S = (g.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if initial is None else
+             initial.to(g.dtype, copy=True).contiguous())
         ctx.save_for_backward(q, k, v, g, initial)
         ctx.set_materialize_grads(False)  # an unused final brings no gradient
         return scan(q, k, v, g, S), S
@@ -320,8 +322,8 @@ class CompiledRetention(torch.autograd.Function):
     def backward(ctx, do, dfinal):
         q, k, v, g, initial = ctx.saved_tensors
         do = torch.zeros_like(v) if do is None else do.contiguous()
-        S, R = (v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if x is None else
-                x.to(v.dtype, copy=True).contiguous() for x in (initial, dfinal))
+        S, R = (g.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]) if x is None else
+                x.to(g.dtype, copy=True).contiguous() for x in (initial, dfinal))
         dq = scan(do, v, k, g, S, turned=True)
         dk = scan(v, do, q, g, R.clone(), backward=True, turned=True)
         dv = scan(k, q, do, g, R, backward=True)
@@ -329,30 +331,78 @@ class CompiledRetention(torch.autograd.Function):
 
 
 def retention_torch(q, k, v, log_decay, initial=None):
-    if v.is_cpu and v.dtype == torch.float32 and not torch.compiler.is_compiling() and library(4):
+    compiles = v.is_cpu and v.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
+    if compiles and library(4):
         return CompiledRetention.apply(q, k, v, log_decay, initial)
     if q.shape[1] == 1:  # generation: one step of the definition
         return retention_ref(q, k, v, log_decay, initial)
     return Retention.apply(q, k, v, log_decay, initial)
 
 
-class GatedNorm(torch.autograd.Function):
+NORM = r"""
+void gated_norm(const void *o, const void *z, void *y, float *r, const float *eps, num M, num V, num x16) {
+    #pragma omp parallel for schedule(static) if (M * V > 8192)
+    for (num m = 0; m < M; m++) {
+        float u[V], g[V], square = 0;
+        get(o, x16, m * V, V, u);
+        get(z, x16, m * V, V, g);
+        #pragma omp simd reduction(+:square)
+        for (num j = 0; j < V; j++) square += u[j] * u[j];
+        r[m] = 1 / sqrtf(square / V + *eps);
+        for (num j = 0; j < V; j++) u[j] *= r[m] * g[j] * sigmoid(g[j]);
+        put(u, V, x16, y, m * V);
+    }
+}
+
+void gated_norm_backward(const void *dy, const void *o, const void *z, const float *r, void *dout, void *dz, num M,
+                         num V, num x16) {
+    #pragma omp parallel for schedule(static)
+    for (num m = 0; m < M; m++) {
+        float u[V], g[V], d[V], mean = 0;
+        get(dy, x16, m * V, V, d);
+        get(o, x16, m * V, V, u);
+        get(z, x16, m * V, V, g);
+        #pragma omp simd reduction(+:mean)
+        for (num j = 0; j < V; j++) {
+            float s = sigmoid(g[j]), t = d[j];
+            u[j] *= r[m];
+            d[j] = t * g[j] * s;  /* dy silu(z) */
+            g[j] = t * u[j] * s * (1 + g[j] * (1 - s));
+            mean += d[j] * u[j];
+        }
+        put(g, V, x16, dz, m * V);
+        mean /= V;
+        for (num j = 0; j < V; j++) d[j] = r[m] * (d[j] - u[j] * mean);
+        put(d, V, x16, dout, m * V);
+    }
+}
+"""
+
+
+class CompiledGatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, o, z, eps):
-        wide = torch.promote_types(o.dtype, torch.float32)
-        r = torch.linalg.vector_norm(o, dim=-1, keepdim=True, dtype=wide).square_().div_(o.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(o, z, r)  # r: (..., 1)
-        return torch.nn.functional.silu(z).mul_(o).mul_(r).to(o.dtype)
+        o, z = o.contiguous(), z.contiguous()
+        ctx.how = o.numel() // o.shape[-1], o.shape[-1], int(o.dtype == torch.bfloat16)
+        y, r = torch.empty_like(o), o.new_empty(o.shape[:-1], dtype=torch.float32)
+        call(compiled(NORM).gated_norm, o, z, y, r, torch.tensor(eps, dtype=torch.float32), *ctx.how)
+        ctx.save_for_backward(o, z, r)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         o, z, r = ctx.saved_tensors
-        u = o * r
-        dz = torch.ops.aten.silu_backward(dy * u, z.to(u.dtype)).to(z.dtype)
-        do = torch.nn.functional.silu(z).mul_(dy).to(u.dtype)
-        m = torch.linalg.vecdot(do, u).unsqueeze(-1).div_(-o.shape[-1])
-        return do.addcmul_(u, m).mul_(r).to(o.dtype), dz, None
+        do, dz = torch.empty_like(o), torch.empty_like(z)
+        call(compiled(NORM).gated_norm_backward, dy.contiguous(), o, z, r, do, dz, *ctx.how)
+        return do, dz, None
+
+
+def gated_norm_torch(o, z, eps=1e-6):
+    if (o.is_cpu and o.dtype == z.dtype and o.dtype in (torch.float32, torch.bfloat16) and o.numel() > 4096
+            and not torch.compiler.is_compiling() and compiled(NORM)):
+        return CompiledGatedNorm.apply(o, z, eps)
+    return gated_norm_ref(o, z, eps)
 
 
 if triton is not None:
@@ -568,5 +618,5 @@ def gated_norm(o, z, eps=1e-6):
     if o.shape != z.shape or o.shape[-1] > 8192:
         raise ValueError(f"gated_norm: shapes {tuple(o.shape)}, {tuple(z.shape)}; expected two of (..., V), V <= 8192")
     which = form(o)
-    op = gated_norm_op if which == "triton" else gated_norm_ref if which == "ref" else GatedNorm.apply
+    op = gated_norm_op if which == "triton" else gated_norm_ref if which == "ref" else gated_norm_torch
     return op(o, z, eps)

@@ -13,7 +13,14 @@ Shapes: x (B, T, H, D), any strides (the kernel copies only where the last dimen
 Saved for backward: the tables. Bytes: x, y and the tables once when T has blocks enough to fill the GPU, which is the
 floor; else the tables once for each of the programs that share out the batch. FLOPs: 3 an element: memory is the bound.
 """
+import ctypes
+import functools
 import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
 
 import torch
 
@@ -35,6 +42,75 @@ def form(x):
 # ----- end -----
 
 
+# ----- c (shared) -----
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C
+# here, which gcc or clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with
+# KERNELS_C=0, the plain form in PyTorch serves.
+HEADER = r"""
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+typedef int64_t num;
+static inline float bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static inline float from_bf16(uint16_t x) { return bits((uint32_t)x << 16); }
+static inline uint16_t to_bf16(float x) {  /* to nearest, ties to even; what is not a number stays so */
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+static inline float ex2(float x) {  /* 2^x: a polynomial for the fraction, the exponent's bits for the rest */
+    x = x < -126 ? -126 : x > 126 ? 126 : x;
+    float n = rintf(x), f = x - n, p = 1.54353e-4f * f + 1.3333558e-3f;
+    p = ((((p * f + 9.6181291e-3f) * f + 5.5504109e-2f) * f + 2.4022651e-1f) * f + 0.693147181f) * f + 1;
+    return p * bits((uint32_t)((int32_t)n + 127) << 23);
+}
+static inline float sigmoid(float x) { return 1 / (1 + ex2(-1.44269504f * x)); }
+static inline void get(const void *x, num x16, num at, num n, float *to) {  /* n from the at-th on; x16: bf16? */
+    if (x16) for (num i = 0; i < n; i++) to[i] = from_bf16(((uint16_t *)x)[at + i]);
+    else memcpy(to, (float *)x + at, 4 * n);
+}
+static inline void put(const float *x, num n, num to16, void *to, num at) {
+    if (to16) for (num i = 0; i < n; i++) ((uint16_t *)to)[at + i] = to_bf16(x[i]);
+    else memcpy((float *)to + at, x, 4 * n);
+}
+"""
+
+
+@functools.cache
+def compiled(source):
+    """HEADER + source as a library, or None without a compiler. Its loops run on PyTorch's own OpenMP threads."""
+    cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if not cc or os.environ.get("KERNELS_C") == "0":
+        return None
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
+    flags += ["-mprefer-vector-width=512"] if os.uname().machine == "x86_64" else []  # gcc's own choice is 256
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            Path(tmp, "c.c").write_text(HEADER + source)
+            subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
+            return ctypes.CDLL(str(Path(tmp, "c.so")))
+    except (OSError, subprocess.CalledProcessError) as e:
+        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; "
+                      "KERNELS_C=0 asks for those")
+        return None
+
+
+def call(function, *args):
+    """function(*args): contiguous tensors or None as pointers, lists of tensors as arrays of pointers, ints as int64.
+    Fake tensors are only shapes: no call."""
+    given = []
+    for a in args:
+        if isinstance(a, torch._subclasses.FakeTensor) or isinstance(a, list) and any(
+                isinstance(t, torch._subclasses.FakeTensor) for t in a):
+            return
+        given.append(ctypes.c_int64(a) if isinstance(a, int)
+                     else (ctypes.c_void_p * len(a))(*(t.data_ptr() for t in a)) if isinstance(a, list)
+                     else ctypes.c_void_p(None if a is None else a.data_ptr()))
+    function(*given)
+# ----- end -----
+
+
 def rope_ref(x, cos, sin, interleaved=False):
     """The definition; fp32 inside, fp64 for fp64."""
     cos, sin = (t if t.ndim == 3 else t[:, None] for t in (cos, sin))  # (T, 1 or H, D/2)
@@ -44,33 +120,59 @@ def rope_ref(x, cos, sin, interleaved=False):
     return (torch.stack(y, -1).flatten(-2) if interleaved else torch.cat(y, -1)).to(x.dtype)
 
 
-class Rope(torch.autograd.Function):
-    """One pass over x: neighbours are a complex number times cos + i sin, halves go straight to their places."""
+SOURCE = r"""
+/* strides (batch, time, head) of x; tables of head h begin at h * per_head; sign -1: the inverse turn */
+void rope(const void *x, const float *cos, const float *sin, void *y, num B, num T, num H, num D2, num step_b,
+          num step_t, num step_h, num per_head, num interleaved, num sign, num x16) {
+    #pragma omp parallel for schedule(static) if (B * T * H * D2 > 8192)
+    for (num i = 0; i < B * T; i++)
+        for (num h = 0; h < H; h++) {
+            float u[2 * D2], v[2 * D2];
+            const float *c = cos + (i % T * (per_head ? H : 1) + h * per_head) * D2, *s = sin + (c - cos);
+            get(x, x16, i / T * step_b + i % T * step_t + h * step_h, 2 * D2, u);
+            if (interleaved) for (num d = 0; d < D2; d++) {
+                float turn = sign * s[d];
+                v[2 * d] = u[2 * d] * c[d] - u[2 * d + 1] * turn;
+                v[2 * d + 1] = u[2 * d + 1] * c[d] + u[2 * d] * turn;
+            } else for (num d = 0; d < D2; d++) {
+                float turn = sign * s[d];
+                v[d] = u[d] * c[d] - u[D2 + d] * turn;
+                v[D2 + d] = u[D2 + d] * c[d] + u[d] * turn;
+            }
+            put(v, 2 * D2, x16, y, (i * H + h) * 2 * D2);
+        }
+}
+"""
 
+
+class CompiledRope(torch.autograd.Function):
     @staticmethod
-    def turn(x, cos, sin, interleaved):
-        if interleaved:
-            wide = torch.promote_types(x.dtype, torch.float32)
-            h = torch.view_as_complex(x.to(wide).contiguous().unflatten(-1, (-1, 2)))
-            return torch.view_as_real(h * torch.complex(cos.to(wide), sin.to(wide))).flatten(-2).to(x.dtype)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        (x1, x2), (y1, y2) = x.chunk(2, -1), y.chunk(2, -1)
-        y1.copy_(x1 * cos).addcmul_(x2, sin, value=-1)
-        y2.copy_(x2 * cos).addcmul_(x1, sin)
+    def turn(x, cos, sin, interleaved, sign):
+        x = x if x.stride(3) == 1 else x.contiguous()
+        (B, T, H, D), y = x.shape, torch.empty(x.shape, dtype=x.dtype)
+        call(compiled(SOURCE).rope, x, cos, sin, y, B, T, H, D // 2, *x.stride()[:3], int(cos.ndim == 3),
+             int(interleaved), sign, int(x.dtype == torch.bfloat16))
         return y
 
     @staticmethod
     def forward(ctx, x, cos, sin, interleaved):
-        cos, sin = (t if t.ndim == 3 else t[:, None] for t in (cos, sin))
+        cos, sin = (t.float().contiguous() for t in (cos, sin))
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return Rope.turn(x, cos, sin, interleaved)
+        return CompiledRope.turn(x, cos, sin, interleaved, 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        cos, sin = ctx.saved_tensors
-        return Rope.turn(dy, cos, -sin, ctx.interleaved), None, None, None
+        return CompiledRope.turn(dy, *ctx.saved_tensors, ctx.interleaved, -1), None, None, None
+
+
+def rope_torch(x, cos, sin, interleaved=False):
+    """A loop in C for fp32 and bf16 on a CPU; the definition elsewhere."""
+    if (x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 4096
+            and not torch.compiler.is_compiling() and compiled(SOURCE)):
+        return CompiledRope.apply(x, cos, sin, interleaved)
+    return rope_ref(x, cos, sin, interleaved)
 
 
 if triton is not None:
@@ -141,4 +243,4 @@ def rope(x, cos, sin, interleaved=False):
     which = form(x)
     if which == "triton":
         return rope_op(x, cos, sin, interleaved, False)
-    return rope_ref(x, cos, sin, interleaved) if which == "ref" else Rope.apply(x, cos, sin, interleaved)
+    return (rope_ref if which == "ref" else rope_torch)(x, cos, sin, interleaved)

@@ -111,9 +111,10 @@ def both(f, args, weights):
 
 @pytest.fixture(params=["C", "PyTorch"])
 def plain(request, monkeypatch):
-    """The CPU's two forms; C is for fp32."""
+    """The CPU's two forms; C is for fp32 and bf16."""
     if request.param == "PyTorch":
         monkeypatch.setattr(R, "library", lambda M: None)
+        monkeypatch.setattr(R, "compiled", lambda source: None)
     elif R.library(4) is None:
         pytest.skip("no C compiler here")
 
@@ -131,10 +132,18 @@ def test_torch_form(T, V, initial, plain, monkeypatch):
         low = [K.cast(x, dtype) if x.ndim > 1 else x for x in args]
         for a, b in zip(both(R.retention, low, weights), want):
             assert ((a.double() - b).norm() / b.norm()).item() < tol, dtype
-        o, z = rows(2, 5, 12)
-        low = [K.cast(x, dtype) for x in (o, z)]
-        for a, b in zip(both(R.gated_norm, low, weights[:1] and [torch.ones(2, 5, 12).double()]),
-                        both(R.gated_norm_ref, (o, z), [1.0])):
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_gated_norm_on_a_cpu(turned, plain):
+    o, z = rows(3, 70, 54)
+    weights = [torch.randn(3, 54, 70).mT.double() if turned else torch.randn(3, 70, 54).double()]
+    want = both(R.gated_norm_ref, (o, z), weights)
+    for dtype, tol in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
+        o2, z2 = (K.cast(x, dtype) for x in (o, z))
+        if turned:  # other strides
+            o2, z2 = (x.detach().mT.contiguous().mT.requires_grad_() for x in (o2, z2))
+        for a, b in zip(both(R.gated_norm, (o2, z2), weights), want):
             assert ((a.double() - b).norm() / b.norm()).item() < tol, dtype
 
 

@@ -85,6 +85,26 @@ def test_forms(layout, monkeypatch):
     torch.testing.assert_close(R.rope(x, *args[1:]), R.rope_ref(x, *args[1:]), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("compiler", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("per_head", [True, False])
+def test_on_a_cpu(per_head, layout, compiler, monkeypatch):
+    """A loop in C, and without a compiler the definition, against it in fp64; strides of a projection, and others."""
+    if not compiler:
+        monkeypatch.setattr(R, "compiled", lambda source: None)
+    elif not R.compiled(R.SOURCE):
+        pytest.skip("no C compiler")
+    x, cos, sin = case(3, 40, 5, 24, per_head)
+    dy = torch.randn(3, 5, 40, 24, dtype=torch.float64).transpose(1, 2)
+    for dtype, tol in ((torch.float32, 1e-6), (torch.bfloat16, 5e-3)):
+        for low in (x.to(dtype), x.to(dtype).transpose(1, 3).contiguous().transpose(1, 3)):
+            low, high = low.detach().requires_grad_(), low.detach().double().requires_grad_()
+            y, want = R.rope(low, cos, sin, LAYOUTS[layout]), R.rope_ref(high, cos, sin, LAYOUTS[layout])
+            found = y, *torch.autograd.grad(y, low, dy.to(dtype))
+            for a, b in zip(found, (want, *torch.autograd.grad(want, high, dy))):
+                assert a.dtype == dtype and ((a.double() - b).norm() / b.norm()).item() < tol
+
+
 def test_turns():
     """A turn keeps lengths, and the product of a query and a key depends on the distance of their positions only."""
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64).expand(2, 1, 40, 1, 16)
