@@ -67,7 +67,7 @@ SIZES = {
 }
 TRAIN = {
     "1M": "--batch 16 --seq 128 --steps 1000 --lr 3e-3 --warmup 50 --optim adamw --dtype fp32 --eval-every 125",
-    "10M": "--batch 8 --seq 256 --steps 2000 --lr 1e-3 --warmup 100 --optim adamw --dtype fp32 --eval-every 250",
+    "10M": "--batch 8 --seq 256 --steps 500 --lr 1e-3 --warmup 50 --optim adamw --dtype auto --eval-every 125",
 }
 # the models of recall and states: about 100,000 parameters, 64 wide (two blocks of Mamba are about one of the others)
 TASK = {row: "--layers 2 --dim 64 --heads 2" for row in ("gpt2", "retnet", "bitnet", "moe")}
