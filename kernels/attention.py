@@ -127,33 +127,16 @@ def call(function, *args):
 # ----- end -----
 
 
-def attention_ref(q, k, v, causal=True, scale=None, softcap=0.0):
-    """The definition; fp32 inside, fp64 for fp64."""
-    Tq, Tk, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)  # (B, H, Tk, D)
-    s = scale * (q.to(dtype) @ k.to(dtype).transpose(2, 3))  # (B, H, Tq, Tk)
-    if softcap > 0:
-        s = softcap * torch.tanh(s / softcap)
-    if causal:
-        seen = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
-        s = s.masked_fill(~seen, float("-inf"))
-    return (s.softmax(-1) @ v.to(dtype)).to(q.dtype)
-
-
-# Backward for a CPU (algorithm 2 of the paper), fp32 inside whatever the inputs are. A thread takes a head of k and v,
-# and the query heads that read it, through tiles of BLOCK queries x BLOCK keys, which stay in its cache. What it needs
-# of q, k, v and do it copies first, as fp32 rows of P, D filled up to whole vectors: any strides, no tile at an edge.
-SOURCE = r"""
+# ----- gemm (shared) -----
+# Products of matrices that are in the cache, for loops in C: about as fast as MKL's.
+GEMM = r"""
 #ifdef __AVX512F__
 enum { W = 16, V = 4 };  /* floats in a vector, vectors in a row of a product's sums: 4 x 4 of them fit the registers */
 #else
 enum { W = 8, V = 2 };
 #endif
-enum { P = (D + 15) / 16 * 16, BLOCK = 64, ROWS = 4 };
-typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias)), row[P];
-typedef struct { num b, h, t; } strides;
+enum { ROWS = 4 };
+typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
 #define SUMS(NAME, R, V) \
 static void NAME(const float *a, num a_m, num a_k, const float *b, num b_k, float *c, num c_m, num K, num add) { \
@@ -173,15 +156,42 @@ SUMS(wide, ROWS, V)
 SUMS(half, 2 * ROWS, V / 2)
 SUMS(narrow, 2 * ROWS, 1)
 
-/* c = a b, or c += a b. a (BLOCK, K), element (m, k) at m a_m + k a_k; b (K, N), c (BLOCK, N): rows b_k, c_m apart */
+/* c = a b, or c += a b. a (M, K), element (m, k) at m a_m + k a_k; b (K, N), c (M, N): rows b_k, c_m apart. M is a
+   multiple of 8, N of 16 */
 static void product(const float *a, num a_m, num a_k, const float *b, num b_k, float *c, num c_m,
-                    num N, num K, num add) {
+                    num M, num N, num K, num add) {
     for (num n = 0, v; n < N; n += v * W) {
         v = N - n >= V * W ? V : N - n >= V / 2 * W ? V / 2 : 1;
-        for (num m = 0; m < BLOCK; m += v == V ? ROWS : 2 * ROWS)
+        for (num m = 0; m < M; m += v == V ? ROWS : 2 * ROWS)
             (v == V ? wide : v > 1 ? half : narrow)(a + m * a_m, a_m, a_k, b + n, b_k, c + m * c_m + n, c_m, K, add);
     }
 }
+"""
+# ----- end -----
+
+
+def attention_ref(q, k, v, causal=True, scale=None, softcap=0.0):
+    """The definition; fp32 inside, fp64 for fp64."""
+    Tq, Tk, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    k, v = k.repeat_interleave(G, 1), v.repeat_interleave(G, 1)  # (B, H, Tk, D)
+    s = scale * (q.to(dtype) @ k.to(dtype).transpose(2, 3))  # (B, H, Tq, Tk)
+    if softcap > 0:
+        s = softcap * torch.tanh(s / softcap)
+    if causal:
+        seen = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
+        s = s.masked_fill(~seen, float("-inf"))
+    return (s.softmax(-1) @ v.to(dtype)).to(q.dtype)
+
+
+# Backward for a CPU (algorithm 2 of the paper), fp32 inside whatever the inputs are. A thread takes a head of k and v,
+# and the query heads that read it, through tiles of BLOCK queries x BLOCK keys, which stay in its cache. What it needs
+# of q, k, v and do it copies first, as fp32 rows of P, D filled up to whole vectors: any strides, no tile at an edge.
+SOURCE = r"""
+enum { P = (D + 15) / 16 * 16, BLOCK = 64 };
+typedef float row[P];
+typedef struct { num b, h, t; } strides;
 
 static void read(const void *x, num at, num bf16, float factor, float *to) {
     if (bf16) for (num d = 0; d < D; d++) to[d] = factor * from_bf16(((uint16_t *)x)[at + d]);
@@ -241,8 +251,8 @@ void backward(const void *q, const void *k, const void *v, const void *o, const 
                 for (num j = 0; j < Tk; j += BLOCK)
                     for (num m = causal ? j : 0; m < Tq; m += BLOCK) {
                         num first = h == h_k * G && m == (causal ? j : 0);  /* the first that dk and dv get */
-                        product(qs[m], P, 1, kT + j * P, BLOCK, p[0], BLOCK, BLOCK, D, 0);
-                        product(dys[m], P, 1, vT + j * P, BLOCK, ds[0], BLOCK, BLOCK, D, 0);
+                        product(qs[m], P, 1, kT + j * P, BLOCK, p[0], BLOCK, BLOCK, BLOCK, D, 0);
+                        product(dys[m], P, 1, vT + j * P, BLOCK, ds[0], BLOCK, BLOCK, BLOCK, D, 0);
                         for (num r = 0; r < BLOCK; r++) {
                             float l_r = l[m + r], delta_r = delta[m + r];
                             int seen = (causal && m + r + 1 < Tk ? m + r + 1 : Tk) - j;
@@ -252,9 +262,9 @@ void backward(const void *q, const void *k, const void *v, const void *o, const 
                                 ds[r][n] = e * (ds[r][n] - delta_r);
                             }
                         }
-                        product(p[0], 1, BLOCK, dys[m], P, dvs[j], P, P, BLOCK, !first);
-                        product(ds[0], 1, BLOCK, qs[m], P, dks[j], P, P, BLOCK, !first);
-                        product(ds[0], BLOCK, 1, ks[j], P, dqs[m], P, P, BLOCK, j > 0);
+                        product(p[0], 1, BLOCK, dys[m], P, dvs[j], P, BLOCK, P, BLOCK, !first);
+                        product(ds[0], 1, BLOCK, qs[m], P, dks[j], P, BLOCK, P, BLOCK, !first);
+                        product(ds[0], BLOCK, 1, ks[j], P, dqs[m], P, BLOCK, P, BLOCK, j > 0);
                     }
                 write(dqs, Tq, bf16, *scale, dq, s[6], b, h);
             }
@@ -268,7 +278,7 @@ void backward(const void *q, const void *k, const void *v, const void *o, const 
 @functools.cache
 def library(D):
     """SOURCE for heads of size D."""
-    return compiled(f"enum {{ D = {D} }};" + SOURCE)
+    return compiled(f"enum {{ D = {D} }};" + GEMM + SOURCE)
 
 
 class CompiledBackward(torch.autograd.Function):

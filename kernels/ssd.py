@@ -22,14 +22,24 @@ The kernels: N <= 256. Sums and the state are fp32; a matrix is rounded to the i
 dL/d(dt_t A) adds up dL/dc_i over all i >= t, where what pairs of later tokens give cancels, and the rounding of S and R
 would not: in these sums 16-bit backward multiplies S, R and what updates them in two parts, rounded and the rest.
 
-The plain form saves the state before each chunk of 64 tokens. The kernels save the inputs only: a program owns a head
-of a sequence, goes through its chunks with the state in registers, forward (y; and dC, which makes the states again) or
-from the last to the first (dx, dB with R). So forward moves the floor (B and C, which all heads of a group read, come
-from the L2 cache), and backward reads the inputs twice; what each head has of dB and dC is written and added up by
-PyTorch in a fixed order, and that is most of backward's bytes. Results repeat bit for bit.
+On a CPU the chunks are a loop in C (CompiledSSD), whose matrices stay in the cache; without a compiler, in fp64 and
+under torch.compile PyTorch's products (SSD). Both save the state before each chunk of 64 tokens.
+
+The kernels save the inputs only: a program owns a head of a sequence, goes through its chunks with the state in
+registers, forward (y; and dC, which makes the states again) or from the last to the first (dx, dB with R). So forward
+moves the floor (B and C, which all heads of a group read, come from the L2 cache), and backward reads the inputs twice;
+what each head has of dB and dC is written and added up by PyTorch in a fixed order, and that is most of backward's
+bytes. Results repeat bit for bit.
 FLOPs a token and head: 2 (Q N + Q P + 2 N P) forward, Q = 32, 2 (3 Q N + 3 Q P + 9 N P) backward, Q = 16; tensor cores.
 """
+import ctypes
+import functools
 import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
 
 import torch
 
@@ -48,6 +58,118 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+# ----- end -----
+
+
+# ----- c (shared) -----
+# A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C
+# here, which gcc or clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with
+# KERNELS_C=0, the plain form in PyTorch serves.
+HEADER = r"""
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+typedef int64_t num;
+static inline float bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+static inline float from_bf16(uint16_t x) { return bits((uint32_t)x << 16); }
+static inline uint16_t to_bf16(float x) {  /* to nearest, ties to even; what is not a number stays so */
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+static inline float ex2(float x) {  /* 2^x: a polynomial for the fraction, the exponent's bits for the rest */
+    x = x < -126 ? -126 : x > 126 ? 126 : x;
+    float n = rintf(x), f = x - n, p = 1.54353e-4f * f + 1.3333558e-3f;
+    p = ((((p * f + 9.6181291e-3f) * f + 5.5504109e-2f) * f + 2.4022651e-1f) * f + 0.693147181f) * f + 1;
+    return p * bits((uint32_t)((int32_t)n + 127) << 23);
+}
+static inline float sigmoid(float x) { return 1 / (1 + ex2(-1.44269504f * x)); }
+static inline void get(const void *x, num x16, num at, num n, float *to) {  /* n from the at-th on; x16: bf16? */
+    if (x16) for (num i = 0; i < n; i++) to[i] = from_bf16(((uint16_t *)x)[at + i]);
+    else memcpy(to, (float *)x + at, 4 * n);
+}
+static inline void put(const float *x, num n, num to16, void *to, num at) {
+    if (to16) for (num i = 0; i < n; i++) ((uint16_t *)to)[at + i] = to_bf16(x[i]);
+    else memcpy((float *)to + at, x, 4 * n);
+}
+"""
+
+
+@functools.cache
+def compiled(source):
+    """HEADER + source as a library, or None without a compiler. Its loops run on PyTorch's own OpenMP threads."""
+    cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if not cc or os.environ.get("KERNELS_C") == "0":
+        return None
+    flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
+    flags += ["-mprefer-vector-width=512"] if os.uname().machine == "x86_64" else []  # gcc's own choice is 256
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            Path(tmp, "c.c").write_text(HEADER + source)
+            subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
+            return ctypes.CDLL(str(Path(tmp, "c.so")))
+    except (OSError, subprocess.CalledProcessError) as e:
+        warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; "
+                      "KERNELS_C=0 asks for those")
+        return None
+
+
+def call(function, *args):
+    """function(*args): contiguous tensors or None as pointers, lists of tensors as arrays of pointers, ints as int64.
+    Fake tensors are only shapes: no call."""
+    given = []
+    for a in args:
+        if isinstance(a, torch._subclasses.FakeTensor) or isinstance(a, list) and any(
+                isinstance(t, torch._subclasses.FakeTensor) for t in a):
+            return
+        given.append(ctypes.c_int64(a) if isinstance(a, int)
+                     else (ctypes.c_void_p * len(a))(*(t.data_ptr() for t in a)) if isinstance(a, list)
+                     else ctypes.c_void_p(None if a is None else a.data_ptr()))
+    function(*given)
+# ----- end -----
+
+
+# ----- gemm (shared) -----
+# Products of matrices that are in the cache, for loops in C: about as fast as MKL's.
+GEMM = r"""
+#ifdef __AVX512F__
+enum { W = 16, V = 4 };  /* floats in a vector, vectors in a row of a product's sums: 4 x 4 of them fit the registers */
+#else
+enum { W = 8, V = 2 };
+#endif
+enum { ROWS = 4 };
+typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+
+#define SUMS(NAME, R, V) \
+static void NAME(const float *a, num a_m, num a_k, const float *b, num b_k, float *c, num c_m, num K, num add) { \
+    vec s[R][V]; \
+    for (num r = 0; r < R; r++) \
+        for (num v = 0; v < V; v++) s[r][v] = add ? *(vec *)(c + r * c_m + v * W) : (vec){0}; \
+    for (num k = 0; k < K; k++, a += a_k, b += b_k) { \
+        vec x[V]; \
+        for (num v = 0; v < V; v++) x[v] = *(vec *)(b + v * W); \
+        for (num r = 0; r < R; r++) \
+            for (num v = 0; v < V; v++) s[r][v] += a[r * a_m] * x[v]; \
+    } \
+    for (num r = 0; r < R; r++) \
+        for (num v = 0; v < V; v++) *(vec *)(c + r * c_m + v * W) = s[r][v]; \
+}
+SUMS(wide, ROWS, V)
+SUMS(half, 2 * ROWS, V / 2)
+SUMS(narrow, 2 * ROWS, 1)
+
+/* c = a b, or c += a b. a (M, K), element (m, k) at m a_m + k a_k; b (K, N), c (M, N): rows b_k, c_m apart. M is a
+   multiple of 8, N of 16 */
+static void product(const float *a, num a_m, num a_k, const float *b, num b_k, float *c, num c_m,
+                    num M, num N, num K, num add) {
+    for (num n = 0, v; n < N; n += v * W) {
+        v = N - n >= V * W ? V : N - n >= V / 2 * W ? V / 2 : 1;
+        for (num m = 0; m < M; m += v == V ? ROWS : 2 * ROWS)
+            (v == V ? wide : v > 1 ? half : narrow)(a + m * a_m, a_m, a_k, b + n, b_k, c + m * c_m + n, c_m, K, add);
+    }
+}
+"""
 # ----- end -----
 
 
@@ -162,6 +284,271 @@ class SSD(torch.autograd.Function):
                     dD += (do * X).sum((0, 1, 3))
                 dx[:, now] = dX
         return dx, ddt, dA, dB, dC, dD if D is not None else None, dS.view(batch, H, P, -1) if ctx.initial else None
+
+
+# The chunks as they stand at the top. A thread has some heads of one group, all of them in most cases: they share B and
+# C, and C B^T is made once for them. States lie as (N, P), and what has a gradient of C or B is made as (N, Q), so that
+# no state is ever turned. N and P are known when this is compiled.
+SOURCE = r"""
+enum { Q = 64, NN = (N + 15) / 16 * 16, PP = (P + 15) / 16 * 16 };
+typedef struct { num b, t, h; } strides;
+typedef float tokens_n[Q][NN], tokens_p[Q][PP], n_tokens[NN][Q], p_tokens[PP][Q], square[Q][Q], state[NN][PP];
+typedef struct {
+    tokens_n B, C, scaled, dB, dC;
+    n_tokens BT, CT, dBT, dCT, part;
+    tokens_p x, v, o, y, dv, r;
+    p_tokens vT, oT;
+    square CB, L, M, dM, dCB;
+    float dt[Q], c[Q], e[Q], w[Q], dc[Q], ds[Q];
+} space;
+static const float LOG2E = 1.44269504f;
+
+/* `count` rows of n numbers, then zeros: (Q, pad) */
+static void rows(const void *x, strides s, num b, num t, num h, num count, num n, num pad, num x16, float *to) {
+    memset(to, 0, 4 * Q * pad);
+    for (num i = 0; i < count; i++) get(x, x16, b * s.b + (t + i) * s.t + h * s.h, n, to + i * pad);
+}
+
+static void turn(const float *x, num n, float *to) {  /* (Q, n) -> (n, Q) */
+    for (num j = 0; j < n; j++)
+        for (num i = 0; i < Q; i++) to[j * Q + i] = x[i * n + j];
+}
+
+/* of one head: dt, c, e, w, L below and on the diagonal, M = L C B^T, v = dt x */
+static void chunk(space *s, const void *x, strides sx, const float *dt, float A, num b, num t, num h, num T, num H,
+                  num count, num x16) {
+    float sum = 0;
+    for (num i = 0; i < Q; i++) {
+        s->dt[i] = i < count ? dt[(b * T + t + i) * H + h] : 0;
+        s->c[i] = sum += s->dt[i] * A;
+    }
+    for (num i = 0; i < Q; i++) s->e[i] = ex2(LOG2E * s->c[i]), s->w[i] = ex2(LOG2E * (sum - s->c[i]));
+    for (num i = 0; i < Q; i++)
+        for (int j = 0; j < Q; j++) {
+            float L = ex2(LOG2E * (s->c[i] - s->c[j] < 0 ? s->c[i] - s->c[j] : 0));
+            s->L[i][j] = L = j <= i ? L : 0;
+            s->M[i][j] = L * s->CB[i][j];
+        }
+    rows(x, sx, b, t, h, count, P, PP, x16, s->x[0]);
+    for (num i = 0; i < Q; i++)
+        for (num p = 0; p < PP; p++) s->v[i][p] = s->dt[i] * s->x[i][p];
+}
+
+static void shared(space *s, const void *B, const void *C, strides sB, strides sC, num b, num t, num g, num count,
+                   num x16) {
+    rows(B, sB, b, t, g, count, N, NN, x16, s->B[0]), turn(s->B[0], NN, s->BT[0]);
+    rows(C, sC, b, t, g, count, N, NN, x16, s->C[0]);
+    product(s->C[0], NN, 1, s->BT[0], Q, s->CB[0], Q, Q, Q, N, 0);
+}
+
+static void scale(const float *factors, const float *x, num n, float *to) {  /* each row of (Q, n) by its factor */
+    for (num i = 0; i < Q; i++)
+        for (num j = 0; j < n; j++) to[i * n + j] = factors[i] * x[i * n + j];
+}
+
+/* an item: heads first to last of group g in sequence b */
+#define ITEM(i) num b = i / parts / G, g = i / parts % G, each = (H / G + parts - 1) / parts, \
+    first = g * (H / G) + i % parts * each, last = first + each < (g + 1) * (H / G) ? first + each : (g + 1) * (H / G)
+
+/* final: the initial state before. states: one before each chunk, (batch, H, chunks) of them */
+void forward(const void *x, const float *dt, const float *A, const void *B, const void *C, const float *D, void *y,
+             float *states, float *final, const strides *st, num batch, num T, num H, num G, num parts, num x16) {
+    num chunks = (T + Q - 1) / Q;
+    #pragma omp parallel for schedule(static)
+    for (num i = 0; i < batch * G * parts; i++) {
+        ITEM(i);
+        space *s = aligned_alloc(64, sizeof(space) + each * sizeof(state));
+        state *S = (state *)(s + 1);
+        memset(S, 0, each * sizeof(state));
+        for (num h = first; h < last; h++)
+            for (num p = 0; p < P; p++)
+                for (num n = 0; n < N; n++) S[h - first][n][p] = final[((b * H + h) * P + p) * N + n];
+        for (num k = 0; k < chunks; k++) {
+            num t = k * Q, count = T - t < Q ? T - t : Q;
+            shared(s, B, C, st[1], st[2], b, t, g, count, x16);
+            for (num h = first; h < last; h++) {
+                float *S_h = S[h - first][0];
+                if (states) memcpy(states + ((b * H + h) * chunks + k) * NN * PP, S_h, sizeof(state));
+                chunk(s, x, st[0], dt, A[h], b, t, h, T, H, count, x16);
+                scale(s->e, s->C[0], NN, s->scaled[0]);
+                product(s->scaled[0], NN, 1, S_h, PP, s->y[0], PP, Q, PP, N, 0);
+                product(s->M[0], Q, 1, s->v[0], PP, s->y[0], PP, Q, PP, Q, 1);
+                for (num j = 0; j < count; j++) {
+                    if (D) for (num p = 0; p < P; p++) s->y[j][p] += D[h] * s->x[j][p];
+                    put(s->y[j], P, x16, y, ((b * T + t + j) * H + h) * P);
+                }
+                scale(s->w, s->v[0], PP, s->v[0]);
+                for (num j = 0; j < NN * PP; j++) S_h[j] *= s->e[Q - 1];
+                product(s->B[0], 1, NN, s->v[0], PP, S_h, PP, NN, PP, Q, 1);
+            }
+        }
+        for (num h = first; h < last; h++)
+            for (num p = 0; p < P; p++)
+                for (num n = 0; n < N; n++) final[((b * H + h) * P + p) * N + n] = S[h - first][n][p];
+        free(s);
+    }
+}
+
+/* g: dL/dfinal before, dL/dinitial after. dB, dC (parts, batch, T, G, N) fp32; dA, dD (batch, H) */
+void backward(const void *x, const float *dt, const float *A, const void *B, const void *C, const float *D,
+              const float *states, const void *dy, void *dx, float *ddt, double *dA, float *dB, float *dC, double *dD,
+              float *g_state, const strides *st, num batch, num T, num H, num G, num parts, num x16) {
+    num chunks = (T + Q - 1) / Q;
+    strides sy = {T * H * P, H * P, P};
+    #pragma omp parallel for schedule(static)
+    for (num i = 0; i < batch * G * parts; i++) {
+        ITEM(i);
+        space *s = aligned_alloc(64, sizeof(space) + each * sizeof(state));
+        state *R = (state *)(s + 1);
+        memset(R, 0, each * sizeof(state));
+        for (num h = first; h < last; h++) {
+            dA[b * H + h] = dD[b * H + h] = 0;
+            for (num p = 0; p < P; p++)
+                for (num n = 0; n < N; n++) R[h - first][n][p] = g_state[((b * H + h) * P + p) * N + n];
+        }
+        for (num k = chunks - 1; k >= 0; k--) {
+            num t = k * Q, count = T - t < Q ? T - t : Q;
+            shared(s, B, C, st[1], st[2], b, t, g, count, x16);
+            turn(s->C[0], NN, s->CT[0]);
+            memset(s->dCB, 0, sizeof s->dCB);
+            memset(s->dBT, 0, sizeof s->dBT);
+            memset(s->dCT, 0, sizeof s->dCT);
+            for (num h = first; h < last; h++) {
+                const float *S = states + ((b * H + h) * chunks + k) * NN * PP;
+                float *R_h = R[h - first][0], carry = 0, e_Q;
+                double after = 0, before = 0;  /* large sums that cancel */
+                chunk(s, x, st[0], dt, A[h], b, t, h, T, H, count, x16);
+                e_Q = s->e[Q - 1];
+                rows(dy, sy, b, t, h, count, P, PP, x16, s->o[0]);
+                turn(s->v[0], PP, s->vT[0]), turn(s->o[0], PP, s->oT[0]);
+                /* inside the chunk */
+                product(s->o[0], PP, 1, s->vT[0], Q, s->dM[0], Q, Q, Q, P, 0);
+                product(s->M[0], 1, Q, s->o[0], PP, s->dv[0], PP, Q, PP, Q, 0);
+                memset(s->dc, 0, sizeof s->dc);
+                for (num r = 0; r < Q; r++) {
+                    float sum = 0;
+                    #pragma omp simd reduction(+:sum)
+                    for (int j = 0; j < Q; j++) {
+                        float X = s->L[r][j] * s->dM[r][j], W_rj = j < r ? s->M[r][j] * s->dM[r][j] : 0;
+                        s->dCB[r][j] += X;
+                        s->dc[j] -= W_rj;
+                        sum += W_rj;
+                    }
+                    s->dc[r] += sum;
+                }
+                /* y_i = e_i S C_i */
+                for (num p = 0; p < PP; p++)
+                    for (num j = 0; j < Q; j++) s->oT[p][j] *= s->e[j];
+                product(S, PP, 1, s->oT[0], Q, s->part[0], Q, NN, Q, P, 0);
+                for (num n = 0; n < NN; n++)
+                    for (num j = 0; j < Q; j++) {
+                        s->dCT[n][j] += s->part[n][j];
+                        s->dc[j] += s->CT[n][j] * s->part[n][j];
+                    }
+                /* S' = e_Q S + sum_j w_j v_j B_j^T */
+                product(s->B[0], NN, 1, R_h, PP, s->r[0], PP, Q, PP, N, 0);
+                for (num j = 0; j < Q; j++) {
+                    float sum = 0;
+                    #pragma omp simd reduction(+:sum)
+                    for (num p = 0; p < PP; p++) {
+                        float d = s->w[j] * s->r[j][p];
+                        sum += d * s->v[j][p];
+                        s->dv[j][p] += d;
+                    }
+                    s->ds[j] = sum;
+                }
+                for (num p = 0; p < PP; p++)
+                    for (num j = 0; j < Q; j++) s->vT[p][j] *= s->w[j];
+                product(R_h, PP, 1, s->vT[0], Q, s->dBT[0], Q, NN, Q, P, 1);
+                #pragma omp simd reduction(+:carry)
+                for (num j = 0; j < NN * PP; j++) carry += R_h[j] * S[j];
+                for (num j = 0; j < NN * PP; j++) R_h[j] *= e_Q;
+                scale(s->e, s->o[0], PP, s->y[0]);
+                product(s->C[0], 1, NN, s->y[0], PP, R_h, PP, NN, PP, Q, 1);
+                /* dt_t A counts in c_i of all i >= t */
+                for (num j = 0; j < Q; j++) after += s->dc[j];
+                for (num j = 0; j < count; j++) {
+                    float dla = after + before + carry * (double)e_Q, sum = 0, o_x = 0;
+                    after -= s->dc[j], before += s->ds[j];
+                    for (num p = 0; p < P; p++) sum += s->dv[j][p] * s->x[j][p], o_x += s->o[j][p] * s->x[j][p];
+                    ddt[(b * T + t + j) * H + h] = sum + dla * A[h];
+                    dA[b * H + h] += dla * s->dt[j], dD[b * H + h] += o_x;
+                    for (num p = 0; p < P; p++)
+                        s->dv[j][p] = s->dv[j][p] * s->dt[j] + (D ? D[h] * s->o[j][p] : 0);
+                    put(s->dv[j], P, x16, dx, ((b * T + t + j) * H + h) * P);
+                }
+            }
+            product(s->dCB[0], Q, 1, s->B[0], NN, s->dC[0], NN, Q, NN, Q, 0);
+            product(s->dCB[0], 1, Q, s->C[0], NN, s->dB[0], NN, Q, NN, Q, 0);
+            for (num j = 0; j < count; j++) {
+                num at = (((i % parts * batch + b) * T + t + j) * G + g) * N;
+                for (num n = 0; n < N; n++) {
+                    dB[at + n] = s->dB[j][n] + s->dBT[n][j];
+                    dC[at + n] = s->dC[j][n] + s->dCT[n][j];
+                }
+            }
+        }
+        for (num h = first; h < last; h++)
+            for (num p = 0; p < P; p++)
+                for (num n = 0; n < N; n++) g_state[((b * H + h) * P + p) * N + n] = R[h - first][n][p];
+        free(s);
+    }
+}
+"""
+
+
+@functools.cache
+def library(N, P):
+    return compiled(f"enum {{ N = {N}, P = {P} }};" + GEMM + SOURCE)
+
+
+class CompiledSSD(torch.autograd.Function):
+    """Kept: the inputs, and the state before each chunk."""
+
+    @staticmethod
+    def forward(ctx, x, dt, A, B, C, D, initial):
+        (batch, T, H, P), (G, N) = x.shape, B.shape[2:]
+        x, B, C = (t if t.stride(3) == 1 else t.contiguous() for t in (x, B, C))
+        dt, A, D = (None if t is None else t.float().contiguous() for t in (dt, A, D))
+        S = dt.new_zeros(batch, H, P, N) if initial is None else initial.to(torch.float32, copy=True).contiguous()
+        parts = min(H // G, -(-torch.get_num_threads() // (batch * G)))
+        parts = -(-(H // G) // -(-(H // G) // parts))  # none of them without a head
+        ctx.how = batch, T, H, G, parts, int(x.dtype == torch.bfloat16)
+        y, states = torch.empty(x.shape, dtype=x.dtype), None
+        if any(ctx.needs_input_grad):
+            states = dt.new_empty(batch * H, -(-T // CHUNK), -(-N // 16) * 16, -(-P // 16) * 16)
+        call(library(N, P).forward, x, dt, A, B, C, D, y, states, S, CompiledSSD.strides(x, B, C), *ctx.how)
+        ctx.save_for_backward(x, dt, A, B, C, D, states)
+        ctx.initial = initial is not None
+        ctx.set_materialize_grads(False)  # an unused final brings no gradient
+        return y, S
+
+    @staticmethod
+    def strides(*tensors):
+        return torch.tensor([t.stride()[:3] for t in tensors])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dfinal):
+        x, dt, A, B, C, D, states = ctx.saved_tensors
+        (batch, _, H, P), N, parts = x.shape, B.shape[3], ctx.how[4]
+        R = dt.new_zeros(batch, H, P, N) if dfinal is None else dfinal.to(torch.float32, copy=True).contiguous()
+        dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
+        dx, ddt = torch.empty(x.shape, dtype=x.dtype), torch.empty_like(dt)
+        dA, dD = dt.new_empty(2, batch, H, dtype=torch.float64)
+        dB, dC = dt.new_empty(2, parts, *B.shape)
+        call(library(N, P).backward, x, dt, A, B, C, D, states, dy, dx, ddt, dA, dB, dC, dD, R,
+             CompiledSSD.strides(x, B, C), *ctx.how)
+        dB, dC = (d.sum(0).to(B.dtype) for d in (dB, dC))
+        dA, dD = (d.sum(0).float() for d in (dA, dD))
+        return dx, ddt, dA, dB, dC, None if D is None else dD, R if ctx.initial else None
+
+
+def ssd_torch(x, dt, A, B, C, D, initial):
+    compiles = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
+    if compiles and library(B.shape[3], x.shape[3]):
+        return CompiledSSD.apply(x, dt, A, B, C, D, initial)
+    return SSD.apply(x, dt, A, B, C, D, initial)
 
 
 if triton is not None:
@@ -425,5 +812,5 @@ def ssd(x, dt, A, B, C, D=None, initial=None):
         raise ValueError(f"ssd: shapes {found}; expected x (B, T, H, P), dt (B, T, H), A (H,), B, C (B, T, G, N), "
                          "D (H,), initial (B, H, P, N), H divisible by G")
     which = form(x)
-    op = ssd_triton if which == "triton" else ssd_ref if which == "ref" else SSD.apply
+    op = ssd_triton if which == "triton" else ssd_ref if which == "ref" else ssd_torch
     return op(x, dt, A, B, C, D, initial)

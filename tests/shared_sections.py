@@ -15,7 +15,8 @@ SECTION = re.compile(r"^# ----- (\w+) \(shared\) -----\n.*?^# ----- end -----\n"
 OWNER = {name: "gpt2.py"
          for name in ("cli", "data", "load", "schedule", "optimizer", "checkpoint", "train", "sample", "main")}
 OWNER |= {name: "dit.py" for name in ("diffusion", "shapes", "images")}
-OWNER |= {"dispatch": "kernels/norm.py", "product": "kernels/matmul.py", "c": "kernels/bitlinear.py"}
+OWNER |= {"dispatch": "kernels/norm.py", "product": "kernels/matmul.py", "c": "kernels/bitlinear.py",
+          "gemm": "kernels/attention.py"}
 
 
 def sections(path):
