@@ -57,6 +57,9 @@ HEADER = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 typedef int64_t num;
 static inline float bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 static inline float from_bf16(uint16_t x) { return bits((uint32_t)x << 16); }
@@ -76,10 +79,25 @@ static inline void get(const void *x, num x16, num at, num n, float *to) {  /* n
     if (x16) for (num i = 0; i < n; i++) to[i] = from_bf16(((uint16_t *)x)[at + i]);
     else memcpy(to, (float *)x + at, 4 * n);
 }
-static inline void put(const float *x, num n, num to16, void *to, num at) {
-    if (to16) for (num i = 0; i < n; i++) ((uint16_t *)to)[at + i] = to_bf16(x[i]);
-    else memcpy((float *)to + at, x, 4 * n);
+static inline const float *see(const void *x, num x16, num at, num n, float *room) {  /* where they lie, or in room */
+    if (!x16) return (const float *)x + at;
+    get(x, 1, at, n, room);
+    return room;
 }
+static inline void put(const float *x, num n, num to16, void *to, num at) {
+    if (to16) {
+        uint16_t *y = (uint16_t *)to + at;
+        num i = 0;
+#ifdef __AVX512BF16__
+        for (; i + 16 <= n; i += 16) {
+            __m256bh v = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+            memcpy(y + i, &v, 32);
+        }
+#endif
+        for (; i < n; i++) y[i] = to_bf16(x[i]);
+    } else memcpy((float *)to + at, x, 4 * n);
+}
+enum { RUN = 512 };  /* numbers that a loop over all elements has in hand */
 """
 
 
@@ -161,33 +179,45 @@ static inline void gelu(float a, float *y, float *dy) {
     float q = 0.044715f * a * a, s = sigmoid(1.59576912f * a * (1 + q));
     *y = a * s, *dy = s + a * s * (1 - s) * 1.59576912f * (1 + 3 * q);
 }
-static inline float self(float x) { return x; }
 
-#define GLU(ACT, NAME, T, FROM, TO) \
-void ACT##_##NAME(const T *gate, const T *up, T *h, num M, num F, num s_gate, num s_up, num s_h) { \
+#define GLU(ACT) \
+void ACT##_glu(const void *gate, const void *up, void *h, num M, num F, num s_gate, num s_up, num s_h, num x16) { \
     _Pragma("omp parallel for schedule(static) if (M * F > 16384)") \
     for (num m = 0; m < M; m++) \
-        for (num f = 0; f < F; f++) { \
-            float y, dy; \
-            ACT(FROM(gate[m * s_gate + f]), &y, &dy); \
-            h[m * s_h + f] = TO(y * FROM(up[m * s_up + f])); \
+        for (num f = 0; f < F; f += RUN) { \
+            num n = F - f < RUN ? F - f : RUN; \
+            float room[2][RUN], out[RUN], *o = x16 ? out : (float *)h + m * s_h + f; \
+            const float *g = see(gate, x16, m * s_gate + f, n, room[0]), *u = see(up, x16, m * s_up + f, n, room[1]); \
+            _Pragma("omp simd") \
+            for (num i = 0; i < n; i++) { \
+                float y, dy; \
+                ACT(g[i], &y, &dy); \
+                o[i] = y * u[i]; \
+            } \
+            if (x16) put(o, n, 1, h, m * s_h + f); \
         } \
 } \
-void ACT##_grad_##NAME(const T *gate, const T *up, const T *dh, T *dgate, T *dup, num M, num F, num s_gate, num s_up, \
-                       num s_dh, num s_dgate, num s_dup) { \
+void ACT##_glu_grad(const void *gate, const void *up, const void *dh, void *dgate, void *dup, num M, num F, \
+                    num s_gate, num s_up, num s_dh, num s_dgate, num s_dup, num x16) { \
     _Pragma("omp parallel for schedule(static) if (M * F > 16384)") \
-    for (num m = 0; m < M; m++) { \
-        T *dgate_m = dgate + m * s_dgate, *dup_m = dup + m * s_dup; \
-        _Pragma("omp simd") \
-        for (num f = 0; f < F; f++) { \
-            float y, dy, d = FROM(dh[m * s_dh + f]); \
-            ACT(FROM(gate[m * s_gate + f]), &y, &dy); \
-            dgate_m[f] = TO(d * FROM(up[m * s_up + f]) * dy), dup_m[f] = TO(d * y); \
+    for (num m = 0; m < M; m++) \
+        for (num f = 0; f < F; f += RUN) { \
+            num n = F - f < RUN ? F - f : RUN; \
+            float room[3][RUN], out[2][RUN]; \
+            float *og = x16 ? out[0] : (float *)dgate + m * s_dgate + f; \
+            float *ou = x16 ? out[1] : (float *)dup + m * s_dup + f; \
+            const float *g = see(gate, x16, m * s_gate + f, n, room[0]), *u = see(up, x16, m * s_up + f, n, room[1]), \
+                *d = see(dh, x16, m * s_dh + f, n, room[2]); \
+            _Pragma("omp simd") \
+            for (num i = 0; i < n; i++) { \
+                float y, dy; \
+                ACT(g[i], &y, &dy); \
+                og[i] = d[i] * u[i] * dy, ou[i] = d[i] * y; \
+            } \
+            if (x16) put(og, n, 1, dgate, m * s_dgate + f), put(ou, n, 1, dup, m * s_dup + f); \
         } \
-    } \
 }
-#define BOTH(ACT) GLU(ACT, float32, float, self, self) GLU(ACT, bfloat16, uint16_t, from_bf16, to_bf16)
-BOTH(silu) BOTH(relu2) BOTH(gelu)
+GLU(silu) GLU(relu2) GLU(gelu)
 """
 PLAIN = {"silu": F.silu, "relu2": lambda a: F.relu(a).square(), "gelu": lambda a: F.gelu(a, approximate="tanh")}
 
@@ -199,20 +229,20 @@ def in_c(name, *tensors):
         return False
     if any(t.ndim != 2 or t.stride(1) != 1 for t in tensors) or compiled(SOURCE) is None:
         return False
-    function = getattr(compiled(SOURCE), f"{name}_{str(tensors[0].dtype)[6:]}")
-    call(function, *tensors, *tensors[0].shape, *(t.stride(0) for t in tensors))
+    call(getattr(compiled(SOURCE), name), *tensors, *tensors[0].shape, *(t.stride(0) for t in tensors),
+         int(tensors[0].dtype == torch.bfloat16))
     return True
 
 
 def glu(gate, up, act):
     """act(gate) up of (M, F) tensors; no gradient."""
     h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    return h if in_c(act, gate, up, h) else PLAIN[act](gate).mul_(up)
+    return h if in_c(f"{act}_glu", gate, up, h) else PLAIN[act](gate).mul_(up)
 
 
 def glu_grad(gate, up, dh, dgate, dup, act):
     """dgate = dh up act'(gate), dup = dh act(gate), written into dgate and dup: all (M, F)."""
-    if in_c(f"{act}_grad", gate, up, dh, dgate, dup):
+    if in_c(f"{act}_glu_grad", gate, up, dh, dgate, dup):
         return
     torch.mul(dh, PLAIN[act](gate), out=dup)
     d = dh * up

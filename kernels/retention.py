@@ -73,6 +73,9 @@ HEADER = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 typedef int64_t num;
 static inline float bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 static inline float from_bf16(uint16_t x) { return bits((uint32_t)x << 16); }
@@ -92,10 +95,25 @@ static inline void get(const void *x, num x16, num at, num n, float *to) {  /* n
     if (x16) for (num i = 0; i < n; i++) to[i] = from_bf16(((uint16_t *)x)[at + i]);
     else memcpy(to, (float *)x + at, 4 * n);
 }
-static inline void put(const float *x, num n, num to16, void *to, num at) {
-    if (to16) for (num i = 0; i < n; i++) ((uint16_t *)to)[at + i] = to_bf16(x[i]);
-    else memcpy((float *)to + at, x, 4 * n);
+static inline const float *see(const void *x, num x16, num at, num n, float *room) {  /* where they lie, or in room */
+    if (!x16) return (const float *)x + at;
+    get(x, 1, at, n, room);
+    return room;
 }
+static inline void put(const float *x, num n, num to16, void *to, num at) {
+    if (to16) {
+        uint16_t *y = (uint16_t *)to + at;
+        num i = 0;
+#ifdef __AVX512BF16__
+        for (; i + 16 <= n; i += 16) {
+            __m256bh v = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+            memcpy(y + i, &v, 32);
+        }
+#endif
+        for (; i < n; i++) y[i] = to_bf16(x[i]);
+    } else memcpy((float *)to + at, x, 4 * n);
+}
+enum { RUN = 512 };  /* numbers that a loop over all elements has in hand */
 """
 
 

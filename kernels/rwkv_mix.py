@@ -63,6 +63,9 @@ HEADER = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 typedef int64_t num;
 static inline float bits(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
 static inline float from_bf16(uint16_t x) { return bits((uint32_t)x << 16); }
@@ -82,10 +85,25 @@ static inline void get(const void *x, num x16, num at, num n, float *to) {  /* n
     if (x16) for (num i = 0; i < n; i++) to[i] = from_bf16(((uint16_t *)x)[at + i]);
     else memcpy(to, (float *)x + at, 4 * n);
 }
-static inline void put(const float *x, num n, num to16, void *to, num at) {
-    if (to16) for (num i = 0; i < n; i++) ((uint16_t *)to)[at + i] = to_bf16(x[i]);
-    else memcpy((float *)to + at, x, 4 * n);
+static inline const float *see(const void *x, num x16, num at, num n, float *room) {  /* where they lie, or in room */
+    if (!x16) return (const float *)x + at;
+    get(x, 1, at, n, room);
+    return room;
 }
+static inline void put(const float *x, num n, num to16, void *to, num at) {
+    if (to16) {
+        uint16_t *y = (uint16_t *)to + at;
+        num i = 0;
+#ifdef __AVX512BF16__
+        for (; i + 16 <= n; i += 16) {
+            __m256bh v = _mm512_cvtneps_pbh(_mm512_loadu_ps(x + i));
+            memcpy(y + i, &v, 32);
+        }
+#endif
+        for (; i < n; i++) y[i] = to_bf16(x[i]);
+    } else memcpy((float *)to + at, x, 4 * n);
+}
+enum { RUN = 512 };  /* numbers that a loop over all elements has in hand */
 """
 
 
@@ -382,23 +400,29 @@ void readout_backward(const void *y, const void *r, const void *k, const void *v
     }
 }
 
-static inline float self(float x) { return x; }
-
-#define RELU2(NAME, T, FROM, TO) \
-void relu2_##NAME(const T *x, T *y, num n) { \
-    _Pragma("omp parallel for simd schedule(static) if (n > 16384)") \
-    for (num i = 0; i < n; i++) { \
-        float a = FROM(x[i]); \
-        a = a > 0 ? a : 0; \
-        y[i] = TO(a * a); \
-    } \
-} \
-void relu2_backward_##NAME(const T *y, const T *dy, T *dx, num n) { \
-    _Pragma("omp parallel for simd schedule(static) if (n > 16384)") \
-    for (num i = 0; i < n; i++) dx[i] = TO(2 * sqrtf(FROM(y[i])) * FROM(dy[i])); \
+void relu2(const void *x, void *y, num size, num x16) {
+    #pragma omp parallel for schedule(static) if (size > 16384)
+    for (num at = 0; at < size; at += RUN) {
+        num n = size - at < RUN ? size - at : RUN;
+        float room[RUN], out[RUN], *o = x16 ? out : (float *)y + at;
+        const float *a = see(x, x16, at, n, room);
+        #pragma omp simd
+        for (num i = 0; i < n; i++) o[i] = a[i] > 0 ? a[i] * a[i] : 0;
+        if (x16) put(o, n, 1, y, at);
+    }
 }
-RELU2(float32, float, self, self)
-RELU2(bfloat16, uint16_t, from_bf16, to_bf16)
+
+void relu2_backward(const void *y, const void *dy, void *dx, num size, num x16) {
+    #pragma omp parallel for schedule(static) if (size > 16384)
+    for (num at = 0; at < size; at += RUN) {
+        num n = size - at < RUN ? size - at : RUN;
+        float room[2][RUN], out[RUN], *o = x16 ? out : (float *)dx + at;
+        const float *a = see(y, x16, at, n, room[0]), *d = see(dy, x16, at, n, room[1]);
+        #pragma omp simd
+        for (num i = 0; i < n; i++) o[i] = 2 * sqrtf(a[i]) * d[i];
+        if (x16) put(o, n, 1, dx, at);
+    }
+}
 """
 
 
@@ -494,7 +518,7 @@ class CompiledSquaredReLU(torch.autograd.Function):
     def forward(ctx, k):
         k = k.contiguous()
         y = torch.empty_like(k)
-        call(getattr(library(), f"relu2_{str(k.dtype)[6:]}"), k, y, k.numel())
+        call(library().relu2, k, y, k.numel(), int(k.dtype == torch.bfloat16))
         ctx.save_for_backward(y)
         return y
 
@@ -503,7 +527,7 @@ class CompiledSquaredReLU(torch.autograd.Function):
     def backward(ctx, dy):
         (y,) = ctx.saved_tensors
         dk = torch.empty_like(y)
-        call(getattr(library(), f"relu2_backward_{str(y.dtype)[6:]}"), y, dy.contiguous(), dk, y.numel())
+        call(library().relu2_backward, y, dy.contiguous(), dk, y.numel(), int(y.dtype == torch.bfloat16))
         return dk
 
 
