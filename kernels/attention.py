@@ -29,9 +29,12 @@ tensor about once while a head's k and v stay in the L2 cache; the tensor cores 
 FLOPs for each byte read in 16 bits. Decoding (Tq = 1) is limited by reading k and v, with one program a head: long
 contexts at small B H leave multiprocessors idle.
 """
+import contextlib
 import ctypes
 import functools
+import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -60,7 +63,7 @@ def form(x):
 
 # ----- c (shared) -----
 # A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C
-# here, which gcc or clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with
+# here, which gcc or clang turns into vectors, once on a machine. A failed attempt is said. Without a compiler, or with
 # KERNELS_C=0, the plain form in PyTorch serves.
 HEADER = r"""
 #include <math.h>
@@ -113,17 +116,27 @@ enum { RUN = 512 };  /* numbers that a loop over all elements has in hand */
 
 @functools.cache
 def compiled(source):
-    """HEADER + source as a library, or None without a compiler. Its loops run on PyTorch's own OpenMP threads."""
+    """HEADER + source as a library, or None without a compiler. Its loops run on PyTorch's own OpenMP threads. It is
+    kept in ~/.cache/kernels_c (XDG_CACHE_HOME), under a name that says source, compiler, flags and processor."""
     cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if not cc or os.environ.get("KERNELS_C") == "0":
         return None
     flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
-    flags += ["-mprefer-vector-width=512"] if os.uname().machine == "x86_64" else []  # gcc's own choice is 256
+    flags += ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []  # gcc's own choice is 256
+    what = HEADER, source, cc, flags, platform.platform(), getattr(torch.cpu, "get_capabilities", dict)()
+    name = hashlib.sha256(repr(what).encode()).hexdigest()[:24] + ".so"
     try:
         with tempfile.TemporaryDirectory() as tmp:
-            Path(tmp, "c.c").write_text(HEADER + source)
-            subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
-            return ctypes.CDLL(str(Path(tmp, "c.so")))
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kernels_c")
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+            library = (folder if os.access(folder, os.W_OK) else Path(tmp)) / name
+            if not library.is_file():
+                Path(tmp, "c.c").write_text(HEADER + source)
+                part = library.with_suffix(f".{os.getpid()}")  # another process may be at it, too
+                subprocess.run([cc, *flags, "c.c", "-o", part], cwd=tmp, check=True, capture_output=True)
+                part.replace(library)
+            return ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as e:
         warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; "
                       "KERNELS_C=0 asks for those")

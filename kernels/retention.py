@@ -35,9 +35,12 @@ CPU: token by token as a loop in C for fp32 and bf16, backward too, half of the 
 gated_norm: y = silu(z) * o r,  r = 1 / sqrt(mean(o^2) + eps) over the last dimension (eq. 8's group norm, per head).
     with s = silu(z), u = o r:  do = r (dy s - u mean(dy s u)), dz = dy u silu'(z). Saves o, z; 3 + 5 passes, the floor.
 """
+import contextlib
 import ctypes
 import functools
+import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -66,7 +69,7 @@ def form(x):
 
 # ----- c (shared) -----
 # A loop over time, or over bytes, is what a CPU is good at and what tensor operations cannot say: such loops are C
-# here, which gcc or clang turns into vectors, once in a process. A failed attempt is said. Without a compiler, or with
+# here, which gcc or clang turns into vectors, once on a machine. A failed attempt is said. Without a compiler, or with
 # KERNELS_C=0, the plain form in PyTorch serves.
 HEADER = r"""
 #include <math.h>
@@ -119,17 +122,27 @@ enum { RUN = 512 };  /* numbers that a loop over all elements has in hand */
 
 @functools.cache
 def compiled(source):
-    """HEADER + source as a library, or None without a compiler. Its loops run on PyTorch's own OpenMP threads."""
+    """HEADER + source as a library, or None without a compiler. Its loops run on PyTorch's own OpenMP threads. It is
+    kept in ~/.cache/kernels_c (XDG_CACHE_HOME), under a name that says source, compiler, flags and processor."""
     cc = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if not cc or os.environ.get("KERNELS_C") == "0":
         return None
     flags = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-fopenmp"]
-    flags += ["-mprefer-vector-width=512"] if os.uname().machine == "x86_64" else []  # gcc's own choice is 256
+    flags += ["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []  # gcc's own choice is 256
+    what = HEADER, source, cc, flags, platform.platform(), getattr(torch.cpu, "get_capabilities", dict)()
+    name = hashlib.sha256(repr(what).encode()).hexdigest()[:24] + ".so"
     try:
         with tempfile.TemporaryDirectory() as tmp:
-            Path(tmp, "c.c").write_text(HEADER + source)
-            subprocess.run([cc, *flags, "c.c", "-o", "c.so"], cwd=tmp, check=True, capture_output=True)
-            return ctypes.CDLL(str(Path(tmp, "c.so")))
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kernels_c")
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+            library = (folder if os.access(folder, os.W_OK) else Path(tmp)) / name
+            if not library.is_file():
+                Path(tmp, "c.c").write_text(HEADER + source)
+                part = library.with_suffix(f".{os.getpid()}")  # another process may be at it, too
+                subprocess.run([cc, *flags, "c.c", "-o", part], cwd=tmp, check=True, capture_output=True)
+                part.replace(library)
+            return ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as e:
         warnings.warn(f"{cc} cannot compile the loops of kernels/ ({e}): slower forms in PyTorch serve; "
                       "KERNELS_C=0 asks for those")

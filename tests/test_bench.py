@@ -96,6 +96,15 @@ def test_cuda_plan_has_cudas_operations(gpt2):
             assert y.dtype == torch.bfloat16 and y.softmax(-1).dtype == torch.float32
 
 
+def test_cuda_plan_of_what_is_computed_again(gpt2):
+    """--ckpt: backward's second forward is CUDA's, too: dropout keeps its mask there, attention no scores of T x T."""
+    flags, peaks = "--layers 4 --heads 4 --dim 32 --seq 1024 --vocab 65 --optim adamw --dropout 0.1".split(), []
+    for more in ([], ["--ckpt"]):
+        cfg, device = memory.configure(gpt2, [*flags, *more])
+        peaks.append(memory.Run(gpt2, cfg, device).peak(1))
+    assert peaks[1] < 0.6 * peaks[0] and peaks[1] < 4 * 1024 * 1024
+
+
 @pytest.mark.skipif(memory.triton is None, reason="the bodies hold Triton launches")
 def test_cuda_plan_sees_inside_the_ops(gpt2):
     cfg, _ = memory.configure(gpt2, "--layers 1 --heads 1 --dim 32 --seq 64 --vocab 8192 --optim adamw".split())

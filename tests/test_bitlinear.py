@@ -163,6 +163,22 @@ def test_torch_form(slow, monkeypatch):
     assert all(t.grad_fn is None for t in torch.autograd.grad(L.bit_linear(*args[:2], args[2:])[0].sum(), args[:3]))
 
 
+def test_libraries_are_kept(monkeypatch, tmp_path):
+    """Compiled once, by whoever asks first; where nothing can be kept, once in a process."""
+    if L.compiled(L.SOURCE) is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source, run = "int one(void) { return 1; }", L.subprocess.run
+    assert L.compiled.__wrapped__(source).one() == 1
+    monkeypatch.setattr(L.subprocess, "run", lambda *a, **k: pytest.fail("compiled twice"))
+    assert L.compiled.__wrapped__(source).one() == 1
+    (kept,) = (tmp_path / "kernels_c").iterdir()
+    assert kept.suffix == ".so"
+    monkeypatch.setattr(L.subprocess, "run", run)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    assert L.compiled.__wrapped__(source).one() == 1
+
+
 def test_a_compiler_that_fails_is_named(monkeypatch):
     monkeypatch.setenv("CC", "/bin/false")
     monkeypatch.delenv("KERNELS_C", raising=False)
