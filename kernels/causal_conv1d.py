@@ -17,6 +17,8 @@ times (backward 2W-1 times) for overlapping rows, and gets all but the first fro
 program of backward writes its sums for dw and db, one row for 128 of x, which PyTorch adds up in a fixed order: results
 repeat bit for bit. FLOPs an element: 2W + 5 forward, about W (2W + 12) + 4W backward, since a tile computes a at its
 own rows and the W-1 after them W times over; with W = 4 in bf16 memory is still the bound (504 GB/s against 29 TFLOPS).
+
+CPU: one pass each way as a loop in C, fp32 or bf16; without a compiler, in fp64 and under torch.compile the definition.
 """
 import contextlib
 import ctypes

@@ -33,7 +33,8 @@ CPU: token by token as a loop in C for fp32 and bf16, backward too, half of the 
 (CompiledRetention); under torch.compile, without a compiler and for other dtypes the chunks (Retention).
 
 gated_norm: y = silu(z) * o r,  r = 1 / sqrt(mean(o^2) + eps) over the last dimension (eq. 8's group norm, per head).
-    with s = silu(z), u = o r:  do = r (dy s - u mean(dy s u)), dz = dy u silu'(z). Saves o, z; 3 + 5 passes, the floor.
+    with s = silu(z), u = o r:  do = r (dy s - u mean(dy s u)), dz = dy u silu'(z). Saves o, z; 3 + 5 passes, the floor;
+on a CPU as a loop in C.
 """
 import contextlib
 import ctypes

@@ -12,6 +12,7 @@ Shapes: x (B, T, H, D), any strides (the kernel copies only where the last dimen
 (RetNet's 1 / sqrt(K), YaRN's temperature) is a factor on y, and is there in backward too. fp32 arithmetic.
 Saved for backward: the tables. Bytes: x, y and the tables once when T has blocks enough to fill the GPU, which is the
 floor; else the tables once for each of the programs that share out the batch. FLOPs: 3 an element: memory is the bound.
+CPU: a loop in C, fp32 or bf16; without a compiler, in fp64 and under torch.compile the definition.
 """
 import contextlib
 import ctypes

@@ -325,6 +325,26 @@ void forward(const void *r, const void *w, const void *k, const void *v, const v
         float *r_t = (float *)x[0], *d_t = (float *)x[1], *k_t = (float *)x[2], *a_t = (float *)x[4],
               *b_t = (float *)x[5], *at_start = state + i * N * N;
         const void *ins[6] = {r, w, k, v, a, b};
+        if (T == 1 && !states) {  /* generation: rows of S as they lie */
+            float y_t[N];
+            for (num n = 0; n < 6; n++) load(ins[n], x16, i * N, x[n]);
+            decay(x[1]);
+            for (num row = 0; row < N; row++) {
+                vec *S = s[0], u = {0}, o = {0};
+                S[M - 1] = u;
+                load(at_start, 0, row * N, S);
+                for (num m = 0; m < M; m++) u += S[m] * x[4][m];
+                float u_t = sum(u), v_t = ((float *)x[3])[row];
+                for (num m = 0; m < M; m++) {
+                    S[m] = S[m] * x[1][m] + u_t * x[5][m] + v_t * x[2][m];
+                    o += S[m] * x[0][m];
+                }
+                y_t[row] = sum(o);
+                put((float *)S, N, 0, at_start, row * N);
+            }
+            put(y_t, N, x16, y, i * N);
+            continue;
+        }
         memset(s, 0, sizeof s);
         for (num row = 0; row < N; row++)
             for (num j = 0; j < N; j++) ((float *)s[j])[row] = at_start[row * N + j];
