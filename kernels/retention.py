@@ -88,10 +88,10 @@ static inline uint16_t to_bf16(float x) {  /* to nearest, ties to even; what is 
     memcpy(&u, &x, 4);
     return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
-static inline float ex2(float x) {  /* 2^x: a polynomial for the fraction, the exponent's bits for the rest */
+static inline float ex2(float x) {  /* 2^x: a minimax polynomial for the fraction, the exponent's bits for the rest */
     x = x < -126 ? -126 : x > 126 ? 126 : x;
-    float n = rintf(x), f = x - n, p = 1.54353e-4f * f + 1.3333558e-3f;
-    p = ((((p * f + 9.6181291e-3f) * f + 5.5504109e-2f) * f + 2.4022651e-1f) * f + 0.693147181f) * f + 1;
+    float n = rintf(x), f = x - n, p = 1.53533589e-4f * f + 1.33988747e-3f;
+    p = ((((p * f + 9.61843737e-3f) * f + 5.55033247e-2f) * f + 0.240226479f) * f + 0.693147203f) * f + 1;
     return p * bits((uint32_t)((int32_t)n + 127) << 23);
 }
 static inline float sigmoid(float x) { return 1 / (1 + ex2(-1.44269504f * x)); }

@@ -84,10 +84,10 @@ static inline uint16_t to_bf16(float x) {  /* to nearest, ties to even; what is 
     memcpy(&u, &x, 4);
     return (u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
-static inline float ex2(float x) {  /* 2^x: a polynomial for the fraction, the exponent's bits for the rest */
+static inline float ex2(float x) {  /* 2^x: a minimax polynomial for the fraction, the exponent's bits for the rest */
     x = x < -126 ? -126 : x > 126 ? 126 : x;
-    float n = rintf(x), f = x - n, p = 1.54353e-4f * f + 1.3333558e-3f;
-    p = ((((p * f + 9.6181291e-3f) * f + 5.5504109e-2f) * f + 2.4022651e-1f) * f + 0.693147181f) * f + 1;
+    float n = rintf(x), f = x - n, p = 1.53533589e-4f * f + 1.33988747e-3f;
+    p = ((((p * f + 9.61843737e-3f) * f + 5.55033247e-2f) * f + 0.240226479f) * f + 0.693147203f) * f + 1;
     return p * bits((uint32_t)((int32_t)n + 127) << 23);
 }
 static inline float sigmoid(float x) { return 1 / (1 + ex2(-1.44269504f * x)); }
@@ -330,7 +330,8 @@ typedef struct {
     tokens_p x, v, o, y, dv, r;
     p_tokens vT, oT;
     square CB, L, M, dM, dCB;
-    float dt[Q], c[Q], e[Q], w[Q], dc[Q], ds[Q];
+    float dt[Q], c[Q], e[Q], w[Q];
+    double dc[Q], ds[Q];  /* these are sums that cancel */
 } space;
 static const float LOG2E = 1.44269504f;
 
@@ -446,8 +447,8 @@ void backward(const void *x, const float *dt, const float *A, const void *B, con
             memset(s->dCT, 0, sizeof s->dCT);
             for (num h = first; h < last; h++) {
                 const float *S = states + ((b * H + h) * chunks + k) * NN * PP;
-                float *R_h = R[h - first][0], carry = 0, e_Q;
-                double after = 0, before = 0;  /* large sums that cancel */
+                float *R_h = R[h - first][0], e_Q;
+                double carry = 0, after = 0, before = 0;
                 chunk(s, x, st[0], dt, A[h], b, t, h, T, H, count, x16);
                 e_Q = s->e[Q - 1];
                 rows(dy, sy, b, t, h, count, P, PP, x16, s->o[0]);
@@ -457,7 +458,7 @@ void backward(const void *x, const float *dt, const float *A, const void *B, con
                 product(s->M[0], 1, Q, s->o[0], PP, s->dv[0], PP, Q, PP, Q, 0);
                 memset(s->dc, 0, sizeof s->dc);
                 for (num r = 0; r < Q; r++) {
-                    float sum = 0;
+                    double sum = 0;
                     #pragma omp simd reduction(+:sum)
                     for (int j = 0; j < Q; j++) {
                         float X = s->L[r][j] * s->dM[r][j], W_rj = j < r ? s->M[r][j] * s->dM[r][j] : 0;
@@ -479,7 +480,7 @@ void backward(const void *x, const float *dt, const float *A, const void *B, con
                 /* S' = e_Q S + sum_j w_j v_j B_j^T */
                 product(s->B[0], NN, 1, R_h, PP, s->r[0], PP, Q, PP, N, 0);
                 for (num j = 0; j < Q; j++) {
-                    float sum = 0;
+                    double sum = 0;
                     #pragma omp simd reduction(+:sum)
                     for (num p = 0; p < PP; p++) {
                         float d = s->w[j] * s->r[j][p];
@@ -499,7 +500,7 @@ void backward(const void *x, const float *dt, const float *A, const void *B, con
                 /* dt_t A counts in c_i of all i >= t */
                 for (num j = 0; j < Q; j++) after += s->dc[j];
                 for (num j = 0; j < count; j++) {
-                    float dla = after + before + carry * (double)e_Q, sum = 0, o_x = 0;
+                    float dla = after + before + carry * e_Q, sum = 0, o_x = 0;
                     after -= s->dc[j], before += s->ds[j];
                     for (num p = 0; p < P; p++) sum += s->dv[j][p] * s->x[j][p], o_x += s->o[j][p] * s->x[j][p];
                     ddt[(b * T + t + j) * H + h] = sum + dla * A[h];
