@@ -211,9 +211,9 @@ void backward(const void *x, const float *taps, const float *bias, const void *i
         float ring[W * E], dring[W * E], a[E], da[E], *dtaps = sums + i * (W + 1) * E, *db = dtaps + W * E;
         memset(dtaps, 0, 4 * (W + 1) * E);
         memset(dring, 0, sizeof dring);
-        for (num t = first - W + 1; t < first && first < end; t++)
+        for (num t = first - W + 1; t < first; t++)
             row(x, initial, b, t, E, step_b, step, x16, i16, ring + RING(t) * E);
-        for (num t = first; t < end + W - 1 && first < end; t++) {
+        for (num t = first; t < end + W - 1; t++) {
             if (t < T) {
                 row(x, initial, b, t, E, step_b, step, x16, i16, ring + RING(t) * E);
                 conv(ring, taps, bias, t, E, a);
@@ -257,6 +257,7 @@ class CompiledConv(torch.autograd.Function):
         ctx.save_for_backward(x, w, b, initial)
         B, T, E = x.shape
         parts = max(1, min(T // 16, -(-torch.get_num_threads() // B)))
+        parts = -(-T // -(-T // parts))  # none of them without a time: it would read past the end
         ctx.how = B, T, E, parts, *x.stride()[:2], int(silu), *(int(t is not None and t.dtype == torch.bfloat16)
                                                                 for t in (x, initial))
         y = torch.empty(x.shape, dtype=x.dtype)

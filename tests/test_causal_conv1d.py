@@ -106,6 +106,21 @@ def test_torch_form():
                     assert (a - b).norm() <= tol * b.norm(), (dtype, how)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 20])
+def test_runs_of_time(threads, monkeypatch):
+    """Threads share out the times of one sequence: as many as there are, or fewer where some would have none."""
+    monkeypatch.setattr(C.torch, "get_num_threads", lambda: threads)
+    for T, initial in ((321, True), (321, False), (50, True), (17, False)):
+        args = case(1, T, 7, 4, initial=initial, dtype=torch.float32)
+        exact = [None if t is None else t.detach().double().requires_grad_() for t in args]
+        results = []
+        for f, given in ((C.causal_conv1d, args), (C.causal_conv1d_ref, exact)):
+            y = f(*given)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [t for t in given if t is not None])])
+        for a, b in zip(*results):
+            assert (a - b).norm() < 1e-6 * b.norm()
+
+
 def test_registration(monkeypatch, small):
     """opcheck; one graph under torch.compile; meta and fake CUDA tensors; checkpointing; autocast; results repeat."""
     monkeypatch.setattr(C, "KERNELS", "triton")

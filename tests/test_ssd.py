@@ -101,7 +101,7 @@ def test_torch_form(sizes, plain):
             for a, b, t in zip(results(S.ssd, args), results(S.ssd_ref, exact),
                                (args[0], args[1], *(t for t in args if t is not None))):
                 assert a.dtype == t.dtype and a.shape == b.shape
-                assert (a - b).norm() <= tol * b.norm() + 1e-7, (dtype, how)
+                assert (a - b).norm() <= tol * b.norm().clamp(min=1e-2), (dtype, how)  # one token from zeros: dA is 0
 
 
 def test_unused_outputs(plain):
