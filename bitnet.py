@@ -61,6 +61,7 @@ try:
     from kernels.attention import attention
     from kernels.bitlinear import bit_linear, pack, packed_linear, quantize_weight, unpack
     from kernels.cross_entropy import linear_cross_entropy
+    from kernels.matmul import linear
     from kernels.norm import rms_norm
     from kernels.rope import rope
 except ModuleNotFoundError:  # this file alone: the same operations in plain PyTorch
@@ -116,6 +117,9 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
             )
             total = total + checkpoint(part, xs, ts, use_reentrant=False)
         return total / (targets != ignore_index).sum().clamp(min=1)
+
+    def linear(x, w):
+        return F.linear(x, w)
 
     def rms_norm(x, w, eps=1e-6):
         return F.rms_norm(x, w.shape, w, eps)
@@ -227,7 +231,7 @@ def project(x, norm, layers, bits, packed=False):
     """x (B, T, C) -> the outputs of all BitLinear layers that read RMSNorm(x), which is quantised once for them."""
     if bits == 16:
         h = rms_norm(x, norm.weight, EPS)
-        return [F.linear(h, f.weight) for f in layers]
+        return [linear(h, f.weight) for f in layers]
     if packed or layers[0].weight.dtype == torch.uint8:
         return packed_linear(x, norm.weight, [f.packed() for f in layers], EPS)
     return bit_linear(x, norm.weight, [f.weight for f in layers], EPS)
@@ -327,7 +331,7 @@ class Model(nn.Module):
 
     def head(self, x):
         E = self.model.embed_tokens.weight
-        return F.linear(x.to(E.dtype), E).float()
+        return linear(x.to(E.dtype), E).float()
 
     def forward(self, tokens, targets=None):
         """tokens (B, T) -> logits (B, T, V); with targets (B, T), where -1 is ignored: the mean loss, a fp32 scalar."""

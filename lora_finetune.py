@@ -369,7 +369,7 @@ class Model(nn.Module):
         tokens may be (B, 2, T): with the segments of blocks()."""
         x = self.blocks(*(tokens.unbind(1) if tokens.ndim == 3 else [tokens]))
         if targets is None:
-            return F.linear(x, self.head().to(x.dtype))
+            return linear(x, self.head().to(x.dtype))
         share = 1.0
         if self.training and self.world > 1:  # the mean over the answers of all processes, whose gradients are averaged
             own = (targets != -1).sum()

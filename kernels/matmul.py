@@ -151,14 +151,16 @@ def compiled(source):
 def call(function, *args):
     """function(*args): contiguous tensors or None as pointers, lists of tensors as arrays of pointers, ints as int64.
     Fake tensors are only shapes: no call."""
-    given = []
+    fake, given = torch._subclasses.FakeTensor, []
     for a in args:
-        if isinstance(a, torch._subclasses.FakeTensor) or isinstance(a, list) and any(
-                isinstance(t, torch._subclasses.FakeTensor) for t in a):
+        if isinstance(a, int):
+            given.append(ctypes.c_int64(a))
+        elif isinstance(a, fake) or isinstance(a, list) and any(isinstance(t, fake) for t in a):
             return
-        given.append(ctypes.c_int64(a) if isinstance(a, int)
-                     else (ctypes.c_void_p * len(a))(*(t.data_ptr() for t in a)) if isinstance(a, list)
-                     else ctypes.c_void_p(None if a is None else a.data_ptr()))
+        elif isinstance(a, list):
+            given.append((ctypes.c_void_p * len(a))(*(t.data_ptr() for t in a)))
+        else:
+            given.append(ctypes.c_void_p(None if a is None else a.data_ptr()))
     function(*given)
 # ----- end -----
 
@@ -418,10 +420,19 @@ ONEDNN = torch.backends.mkldnn.is_available()
 ONEDNN_BF16 = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def vector(x, w, b):
+    """One row: x (..., K) with K elements in all, w (N, K) or a transposed view, b (N,) or None -> (..., N)."""
+    (N, K), slices = w.shape, 0 if w.is_contiguous() else torch.get_num_threads()
+    y, part = x.new_empty(*x.shape[:-1], N, dtype=torch.float32), x.new_empty(slices, N, dtype=torch.float32)
+    b = None if b is None else b.float()
+    call(compiled(SOURCE).vector, w, x.float(), b, y, N, K, part, slices, int(w.dtype == torch.bfloat16))
+    return y.to(x.dtype)
+
+
 def rows(x, w, b):
     """F.linear. On a CPU by oneDNN in fp32 where MKL is slow, and in bf16 with a bias, which F.linear copies into all
-    rows first. Generation's one row without gradients, which has to wait for the weights, is a product of a matrix with
-    a vector: that reads them at up to twice the rate; on AMD's CPUs oneDNN does so."""
+    rows first. Generation's one row without gradients has to wait for the weights: a loop in C reads them once from
+    end to end, at the rate of the memory, where MKL and oneDNN take several rows at once, at up to half of it."""
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b))
     if x.is_cpu and x.numel() and torch.is_autocast_enabled("cpu"):
         narrow = torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.dtype != torch.float64
@@ -429,20 +440,53 @@ def rows(x, w, b):
             x, w, b = (t.bfloat16() for t in (x, w, b))
             with torch.autocast("cpu", enabled=False):
                 return OneDNN.apply(x, w, b) if wanted else onednn(x, w, b)
-    elif x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
-        if MKL_IS_SLOW:
+    elif x.is_cpu and x.numel():
+        alike = x.dtype == w.dtype and (b is None or b.dtype == w.dtype and b.is_contiguous())
+        if x.numel() == x.shape[-1] and not wanted and alike and x.dtype in (torch.float32, torch.bfloat16):
+            fits = x.stride(-1) == 1 and w.numel() and (w.is_contiguous() or w.t().is_contiguous())
+            if fits and not torch.compiler.is_compiling() and compiled(SOURCE):
+                return vector(x, w, b)
+        if MKL_IS_SLOW and x.dtype == w.dtype == torch.float32:
             return OneDNN.apply(x, w, b) if wanted else onednn(x, w, b)
-        if x.numel() == x.shape[-1] and not wanted:
-            if ONEDNN and CPU.get("cpu_name", "").startswith("AMD"):
-                return onednn(x, w, b)
-            y = torch.mv(w, x.view(-1)) if b is None else torch.addmv(b, w, x.view(-1))
-            return y.view(*x.shape[:-1], len(w))
     return F.linear(x, w, b)
 
 
-# gelu and gelu' as they stand at the top. PyTorch's own pass takes two to three times as long: its tanh is exact to the
-# last bit.
+# vector: y = w x + b. Rows of w, where they lie together, are multiplied one by one; where columns do (a transposed
+# view), each thread adds up its slice of K of them, then the slices are added in their order. gelu and gelu' are as
+# they stand at the top; PyTorch's own pass takes two to three times as long: its tanh is exact to the last bit.
 SOURCE = r"""
+void vector(const void *w, const float *x, const float *b, float *y, num N, num K, float *part, num slices, num w16) {
+    const float *w32 = w;
+    const uint16_t *w16s = w;
+    #pragma omp parallel for schedule(static) if (N * K > 16384)
+    for (num n = 0; n < (slices ? 0 : N); n++) {
+        float s = 0;
+        if (w16)
+            #pragma omp simd reduction(+ : s)
+            for (num k = 0; k < K; k++) s += from_bf16(w16s[n * K + k]) * x[k];
+        else
+            #pragma omp simd reduction(+ : s)
+            for (num k = 0; k < K; k++) s += w32[n * K + k] * x[k];
+        y[n] = s + (b ? b[n] : 0);
+    }
+    #pragma omp parallel for schedule(static) if (N * K > 16384)
+    for (num i = 0; i < slices; i++) {
+        float *s = part + i * N;
+        memset(s, 0, 4 * N);
+        for (num k = K * i / slices; k < K * (i + 1) / slices; k++)
+            if (w16)
+                #pragma omp simd
+                for (num n = 0; n < N; n++) s[n] += x[k] * from_bf16(w16s[k * N + n]);
+            else
+                #pragma omp simd
+                for (num n = 0; n < N; n++) s[n] += x[k] * w32[k * N + n];
+    }
+    for (num n = 0; n < (slices ? N : 0); n++) {
+        y[n] = b ? b[n] : 0;
+        for (num i = 0; i < slices; i++) y[n] += part[i * N + n];
+    }
+}
+
 void gelu(const void *z, void *y, num size, num x16) {
     #pragma omp parallel for schedule(static) if (size > 16384)
     for (num at = 0; at < size; at += RUN) {

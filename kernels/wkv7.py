@@ -150,14 +150,16 @@ def compiled(source):
 def call(function, *args):
     """function(*args): contiguous tensors or None as pointers, lists of tensors as arrays of pointers, ints as int64.
     Fake tensors are only shapes: no call."""
-    given = []
+    fake, given = torch._subclasses.FakeTensor, []
     for a in args:
-        if isinstance(a, torch._subclasses.FakeTensor) or isinstance(a, list) and any(
-                isinstance(t, torch._subclasses.FakeTensor) for t in a):
+        if isinstance(a, int):
+            given.append(ctypes.c_int64(a))
+        elif isinstance(a, fake) or isinstance(a, list) and any(isinstance(t, fake) for t in a):
             return
-        given.append(ctypes.c_int64(a) if isinstance(a, int)
-                     else (ctypes.c_void_p * len(a))(*(t.data_ptr() for t in a)) if isinstance(a, list)
-                     else ctypes.c_void_p(None if a is None else a.data_ptr()))
+        elif isinstance(a, list):
+            given.append((ctypes.c_void_p * len(a))(*(t.data_ptr() for t in a)))
+        else:
+            given.append(ctypes.c_void_p(None if a is None else a.data_ptr()))
     function(*given)
 # ----- end -----
 
