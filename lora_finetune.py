@@ -469,13 +469,14 @@ class Model(nn.Module):
         method and the Config fields of adapters (rank, alpha, targets, ...): what to add; "full": nothing. Tensors are
         read one by one, for "qlora" quantised one by one; on a GPU, or with dtype="bf16", a frozen base is in bf16."""
         path = find_checkpoint(source)
-        adapter = read_json(path / "adapter_config.json") if (path / "adapter_config.json").is_file() else None
-        base = adapter.get("base_model_name_or_path") if adapter else source
-        if not base:
+        adapter = read_json(path / "adapter_config.json") if is_adapter(path) else None
+        base = source if adapter is None else adapter.get("base_model_name_or_path")
+        if not base or not isinstance(base, str | Path):
             bad(f"{path}: adapter_config.json does not name its base (base_model_name_or_path)")
-        model = cls.read_base(find_checkpoint(base), dict(method=method) | overrides, adapter or method != "full")
+        frozen = adapter is not None or method != "full"
+        model = cls.read_base(find_checkpoint(base), dict(method=method) | overrides, frozen)
         model.base = str(base)
-        if not adapter:
+        if adapter is None:
             model.adapt(model.cfg)
             return model
         model.load_adapter(path)
@@ -516,7 +517,8 @@ class Model(nn.Module):
         or the whole model as LlamaForCausalLM reads it."""
         tensors = self.state_dict() if tensors is None else tensors
         if not hasattr(self, "adapter"):
-            return write_weights(folder, tensors, self.hf_config(), **how)
+            write_weights(folder, tensors, self.hf_config(), **how)
+            return None if how.get("new") else drop_adapter(folder)  # new: they are not in their place yet; see save()
         own = {n for n, p in self.named_parameters() if p.requires_grad}
         tensors = {f"base_model.model.{k}": v for k, v in tensors.items() if k in own}
         config = dict(base_model_name_or_path=self.base, task_type="CAUSAL_LM", inference_mode=True) | self.adapter
@@ -537,14 +539,23 @@ class Model(nn.Module):
                 or config.get("peft_type") not in ("LORA", "ADAPTION_PROMPT")):
             bad(f"{path}: adapter_config.json asks for {unknown or config.get('peft_type')}, "
                 f"bias {config.get('bias')}, which this file does not have")
+        prompts, number = config["peft_type"] == "ADAPTION_PROMPT", lambda v: type(v) in (int, float) and v > 0
+        for key in ("adapter_len", "adapter_layers") if prompts else ("lora_alpha",):
+            if not number(v := config.get(key)) or prompts and type(v) is not int:
+                bad(f"{path}: {key} is {v!r} in adapter_config.json; a {'whole ' * prompts}number above 0 is asked for")
+        alphas, dropout = config.get("alpha_pattern") or {}, config.get("lora_dropout") or 0.0
+        if not isinstance(alphas, dict) or not all(map(number, alphas.values())):
+            bad(f"{path}: alpha_pattern is {alphas!r} in adapter_config.json; names with a number each are asked for")
+        if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+            bad(f"{path}: lora_dropout is {dropout!r} in adapter_config.json; it must be at least 0 and less than 1")
         try:
             files = [f for f in (path / "adapter_model.safetensors", path / "adapter_model.bin") if f.is_file()]
             found = (load_file(files[0]) if files[0].suffix == ".safetensors"
                      else torch.load(files[0], map_location="cpu", weights_only=True))
+            found = {k.removeprefix("base_model.model."): v for k, v in found.items()}
         except Exception as e:
             bad(f"{path}: no adapter_model.safetensors, or it is damaged ({type(e).__name__})")
-        found = {k.removeprefix("base_model.model."): v for k, v in found.items()}
-        if config["peft_type"] == "ADAPTION_PROMPT":
+        if prompts:
             self.adapt(dataclasses.replace(self.cfg, method="adapter", prompts=config["adapter_len"]),
                        config["adapter_layers"])
         else:
@@ -553,10 +564,12 @@ class Model(nn.Module):
             for k, A in found.items():  # which modules, and of which rank: the file knows, whatever patterns made it
                 name = k.removesuffix(".lora_A.weight")
                 if name in modules and name != k:
-                    alpha = next((v for p, v in (config.get("alpha_pattern") or {}).items()
-                                  if re.match(rf"(.*\.)?({p})$", name)), config["lora_alpha"])
+                    if A.ndim != 2 or not len(A):
+                        bad(f"{path}: {k} is {tuple(A.shape)}; (rank, in) is asked for")
+                    alpha = next((v for p, v in alphas.items() if re.match(rf"(.*\.)?({p})$", name)),
+                                 config["lora_alpha"])
                     modules[name].add_lora(len(A), alpha / (len(A) ** 0.5 if config.get("use_rslora") else len(A)),
-                                           config.get("lora_dropout", 0.0))
+                                           dropout)
         self.adapter = config
         own = {n: p for n, p in self.named_parameters() if p.requires_grad}
         for k in sorted(own.keys() | found.keys()):
@@ -572,28 +585,55 @@ HUB = {}
 TOK = {}
 
 
+def is_adapter(path):
+    """Whether a folder is an adapter's. adapter_config.json beside a whole model and without weights of its own is of
+    a run that ended before its first save was done."""
+    weights = (path / "adapter_model.safetensors").is_file() or (path / "adapter_model.bin").is_file()
+    return (path / "adapter_config.json").is_file() and (weights or not (path / "config.json").is_file())
+
+
+def drop_adapter(folder):
+    """Where a whole model was saved into an adapter's folder: the adapter, which would be preferred, goes."""
+    for f in ("adapter_config.json", "adapter_model.safetensors"):
+        Path(folder, f).unlink(missing_ok=True)
+
+
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text())
     except FileNotFoundError:
         bad(f"{path}: not found; a base is a folder with config.json and model.safetensors, "
             "an adapter one with adapter_config.json")
+    except OSError as e:
+        bad(f"{path}: {e.strerror}")
     except ValueError as e:
         bad(f"{path}: damaged ({e})")
+    if not isinstance(found, dict):
+        bad(f"{path}: damaged (a {type(found).__name__}, where an object was expected)")
+    return found
 
 
 def llama_config(c, path):
     """config.json -> Config; what is no Llama is named and refused."""
+    c = {k: v for k, v in c.items() if v is not None}
     if c.get("model_type") not in ("llama", "mistral"):
         bad(f"{path}: model_type is {c.get('model_type')!r}; this file knows llama and mistral")
     for key, value in dict(hidden_act="silu", attention_bias=False, mlp_bias=False).items():
         if c.get(key, value) != value:
             bad(f"{path}: {key} = {c[key]!r} in config.json; a Llama has {value!r}")
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        bad(f"{path}: rope_parameters, or rope_scaling, is {rope!r} in config.json; an object was expected")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         bad(f"{path}: rope_type {kind!r} in config.json; default and llama3 are known")
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    whole = ("num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_size intermediate_size "
+             "vocab_size max_position_embeddings sliding_window").split()
+    numbers = dict.fromkeys(whole, (int,)) | dict.fromkeys(("rms_norm_eps", "rope_theta", *keys), (int, float))
+    for key, v in [*c.items(), *rope.items()]:
+        if key in numbers and (type(v) not in numbers[key] or v <= 0):
+            bad(f"{path}: {key} is {v!r} in config.json; a {'whole ' * (key in whole)}number above 0 is asked for")
     try:
         return Config(
             layers=c["num_hidden_layers"], heads=c["num_attention_heads"],
@@ -611,7 +651,11 @@ def llama_config(c, path):
 def tensors_of(path):
     """The tensors of a folder's safetensors files one by one -> name, tensor."""
     index = path / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    try:
+        files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        files = [str(Path(f)) for f in files]
+    except (KeyError, AttributeError, TypeError) as e:
+        bad(f"{index}: damaged ({e})")
     for f in files:
         try:
             tensors = safe_open(path / f, "pt")
@@ -626,11 +670,14 @@ def tensors_of(path):
 
 def stop_ids(folder):
     """The tokens that end an answer, as the base's own files name them; byte 0 in a base of bytes."""
-    found = {0} if (folder / "tok.json").is_file() and read_json(folder / "tok.json")["tok"] == "byte" else set()
+    found = {0} if (folder / "tok.json").is_file() and read_json(folder / "tok.json").get("tok") == "byte" else set()
     for f in ("generation_config.json", "config.json"):
         if (folder / f).is_file():
             ids = read_json(folder / f).get("eos_token_id")
-            found |= {i for i in (ids if isinstance(ids, list) else [ids]) if i is not None}
+            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            if not all(type(i) is int for i in ids):
+                bad(f"{folder / f}: eos_token_id is {ids}; a token's number, or a list of them, is asked for")
+            found |= set(ids)
     return found
 
 
@@ -669,6 +716,10 @@ def parse(argv=None):
             bad(f"{flag(k)} {v}: one of {', '.join(CHOICES[k])}")
         if type(v) in (int, float) and not (0 < v < math.inf if k in POSITIVE else 0 <= v < math.inf):
             bad(f"{flag(k)} {v}: must be {'positive' if k in POSITIVE else '0 or more'}")
+        if k == "seed" and v >= 2**63:
+            bad(f"--seed {v}: must be below 2^63")
+        if k in ("data", "out") and not v:
+            bad(f"{flag(k)}: its value is empty")
         if k in FRACTION and v > 1 or k in ("dropout", "beta2") and v == 1 or k == "top_p" and not 0 < v <= 1:
             bad(f"{flag(k)} {v}: must be between 0 and 1")
     preset = given.get("preset") or ("gpu" if torch.cuda.is_available() else "cpu")
@@ -688,11 +739,13 @@ class Tokenizer:
     def __init__(self, kind, chars=""):
         self.kind, self.chars = kind, chars  # chars: the sorted characters of kind char; an id is a place among them
         try:
-            if kind == "char":
+            if kind == "char" and not chars:
+                bad("--tok char: no text, and no tok.json of a run, says which characters there are")
+            elif kind == "char":
                 self.vocab, self.encode, self.decode = (len(chars), self.places,
                                                         lambda ids: "".join(chars[i] for i in ids))
             elif kind == "byte":
-                self.vocab, self.encode = 256, lambda text: np.frombuffer(text.encode(), np.uint8)
+                self.vocab, self.encode = 256, lambda text: np.frombuffer(text.encode(errors="replace"), np.uint8)
                 self.decode = lambda ids: bytes(ids).decode(errors="replace")
             elif kind == "gpt2":
                 import tiktoken
@@ -720,7 +773,8 @@ class Tokenizer:
             bad(f"--tok {kind}: cannot be used{hint} ({type(e).__name__})")
 
     def places(self, text):
-        known, codes = np.array([ord(c) for c in self.chars]), np.frombuffer(text.encode("utf-32-le"), "<u4")
+        known = np.array([ord(c) for c in self.chars])
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
         ids = np.searchsorted(known, codes).clip(max=len(known) - 1)
         if (wrong := codes[known[ids] != codes]).size:
             bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); "
@@ -728,7 +782,7 @@ class Tokenizer:
         return ids
 
     def longest(self, text):  # greedy: the longest word that the text goes on with
-        raw, ids, at, most = text.encode(), [], 0, max(map(len, self.ids))
+        raw, ids, at, most = text.encode(errors="replace"), [], 0, max(map(len, self.ids))
         while at < len(raw):
             n = next(n for n in range(most, 0, -1) if raw[at : at + n] in self.ids)
             ids.append(self.ids[raw[at : at + n]])
@@ -784,9 +838,11 @@ def shard(path):
         if len(tokens) != head[2]:
             bad(f"{path}: {len(tokens):,} tokens where its header says {head[2]:,}: the file is cut or damaged")
         return tokens
-    meta = path.parent / "meta.json"
-    wide = meta.is_file() and json.loads(meta.read_text())["vocab_size"] > 65536
-    return np.memmap(path, "<u4" if wide else "<u2", "r") if path.stat().st_size else np.empty(0, np.uint16)
+    meta, size = path.parent / "meta.json", path.stat().st_size
+    kind = np.dtype("<u4" if meta.is_file() and json.loads(meta.read_text())["vocab_size"] > 65536 else "<u2")
+    if size % kind.itemsize:
+        bad(f"{path}: {size:,} bytes are no whole number of tokens of {kind.itemsize}: the file is cut or damaged")
+    return np.memmap(path, kind, "r") if size else np.empty(0, kind)
 
 
 class PlainPickle(pickle.Unpickler):
@@ -827,7 +883,7 @@ def load_text(cfg, given, tok):
         try:
             text = Path(cfg.data).read_bytes().decode()  # bytes: no newline is translated
             if cfg.data.endswith(".jsonl"):
-                text = "\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+                text = "\n".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
         except OSError as e:
             bad(f"--data {cfg.data}: {e.strerror}")
         except (ValueError, KeyError, TypeError) as e:
@@ -852,7 +908,7 @@ def load_text(cfg, given, tok):
         try:
             if meta.is_file():
                 m = json.loads(meta.read_text())
-                kind, chars = m["tok"], m.get("chars", "")
+                kind, chars, _ = m["tok"], m.get("chars", ""), int(m["vocab_size"])
             elif old.is_file():
                 m = PlainPickle(open(old, "rb")).load()
                 kind, chars = "char", "".join(m["itos"][i] for i in range(m["vocab_size"]))
@@ -865,6 +921,8 @@ def load_text(cfg, given, tok):
         val = [f for f in files if "val" in f.name]
         parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name],
                      val=[shard(f) for f in val])
+        if not parts["train"]:
+            bad(f"--data {cfg.data}: only val and test shards; the others are what it trains on")
         if not val:  # shards without a split: the last tenth of the last one
             *rest, last = parts["train"]
             parts = dict(train=[*rest, last[: len(last) * 9 // 10]], val=[last[len(last) * 9 // 10 :]])
@@ -898,7 +956,7 @@ def docstrings():
 def read_rows(path):
     """A JSON list, or JSON lines -> (where a row stands, the row)."""
     try:
-        text = Path(path).read_bytes().decode()
+        text = Path(path).read_bytes().decode("utf-8-sig")  # some editors begin a file with a mark
     except OSError as e:
         bad(f"--data {path}: {e.strerror}")
     except UnicodeDecodeError:
@@ -907,7 +965,7 @@ def read_rows(path):
         if text.lstrip().startswith("["):
             return [(f"item {i}", row) for i, row in enumerate(json.loads(text))]
         rows, i = [], 0
-        for i, line in enumerate(text.splitlines(), 1):
+        for i, line in enumerate(text.split("\n"), 1):  # splitlines() would cut strings at U+2028 and others
             rows += [(f"line {i}", json.loads(line))] if line.strip() else []
         return rows
     except ValueError as e:
@@ -1080,9 +1138,9 @@ class Examples:
         return np.arange(min(len(self.x), cfg.eval_iters * cfg.batch))
 
     def start(self):
-        """The first question."""
+        """The first question; of a text without one, its first token."""
         ids, answer = self.first
-        return ids[: int(answer.argmax())]
+        return ids[: max(1, int(answer.argmax()))]
 
 
 def load_data(cfg, given, tok):
@@ -1238,11 +1296,17 @@ def find_checkpoint(source):
             "a hub name is owner/name")
 
 
+def first_line(e):
+    return (str(e) or type(e).__name__).splitlines()[0][:120]
+
+
 def read_checkpoint(path):
     """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
     folder = path if path.is_dir() else path.parent
     try:
         config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
+        if not isinstance(config, dict):
+            raise TypeError("config.json holds no names")
         if path.is_file():
             files = [path]
         elif index.is_file():
@@ -1258,7 +1322,7 @@ def read_checkpoint(path):
     except FileNotFoundError as e:
         bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
     except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
-        bad(f"{path}: damaged, or not a checkpoint ({str(e).splitlines()[0][:120]})")
+        bad(f"{path}: damaged, or not a checkpoint ({first_line(e)})")
 
 
 def load_strict(model, tensors, path):
@@ -1294,8 +1358,13 @@ def save(cfg, model, optimizers, tok, step, best):
         write_file(f"{cfg.out}/tok.json", lambda tmp: Path(tmp).write_text(json.dumps(kind)))
         state = dict(config=asdict(cfg), optimizers=states, step=step, best=best)
         write_file(f"{cfg.out}/train_state.pt", lambda tmp: torch.save(state, tmp))
-        for new in Path(cfg.out).rglob("*.safetensors.new"):
+        for new in not_renamed(cfg.out):
             os.replace(new, new.with_suffix(""))
+
+
+def not_renamed(out):
+    """The weights in the run's folder, and in those of unet.py's parts, that save() has written but not renamed."""
+    return [f for part in ("", "unet", "vae", "text_encoder") for f in Path(out, part).glob("*.safetensors.new")]
 
 
 def load_run(out):
@@ -1305,21 +1374,26 @@ def load_run(out):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for new in Path(out).rglob("*.safetensors.new"):
+        state = {k: state[k] for k in ("config", "optimizers", "step", "best")}
+        for new in not_renamed(out):
             with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of state's step here
                 if f.metadata()["step"] == str(state["step"]):
                     os.replace(new, new.with_suffix(""))
         return state
     except Exception as e:  # a damaged zip, a foreign pickle, a file that is no dict
-        bad(f"{path}: damaged, or not of this program ({str(e).splitlines()[0][:120]})")
+        bad(f"{path}: damaged, or not of this program ({first_line(e)})")
 
 
 def load_tokenizer(path, vocab):
     """The tokenizer beside a checkpoint; without one the family's, where the vocabulary is its; or None."""
     folder = path if path.is_dir() else path.parent
     if (folder / "tok.json").is_file():
-        kind = json.loads((folder / "tok.json").read_text())
-        return Tokenizer(kind["tok"], kind["chars"])
+        try:
+            kind = json.loads((folder / "tok.json").read_text())
+            kind, chars = kind["tok"], kind["chars"]
+        except (ValueError, KeyError, TypeError) as e:
+            bad(f"{folder / 'tok.json'}: damaged ({first_line(e)})")
+        return Tokenizer(kind, chars)
     if (folder / "tokenizer.json").is_file():
         return Tokenizer(str(folder / "tokenizer.json"))
     return Tokenizer(TOK[vocab]) if vocab in TOK else None
@@ -1430,7 +1504,10 @@ def train(cfg, given, model, tok, state):
                 D, how = sharded(cfg)
                 D.set_optimizer_state_dict(model, o, s, options=how)
             else:
-                o.load_state_dict(s)
+                try:
+                    o.load_state_dict(s)
+                except ValueError as e:
+                    bad(f"--resume: the optimizer's state in {cfg.out} is of other tensors ({first_line(e)})")
         swap(optimizers)  # the weights on the disk are the averages
     run = run if cfg.fsdp or world == 1 else nn.parallel.DistributedDataParallel(run)
     run = torch.compile(run) if cfg.compile else run
@@ -1450,8 +1527,7 @@ def train(cfg, given, model, tok, state):
     log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
     log.writerows([("step", f"{unit}s", "seconds", "loss", "val", "lr", "norm", f"{unit[:3]}_s"), *rows])
     stop, before = [], float(rows[-1][2]) if rows else 0.0
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: stop.append(1))
+    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
     wrong = torch.full((), -1, device=device)  # the first step whose loss or gradient was not finite
     halt = False  # stop, read once a step: a signal that comes later waits for the next
     begun, saved, start, mark = step, step if state else None, time.perf_counter(), (time.perf_counter(), step)
@@ -1510,6 +1586,8 @@ def train(cfg, given, model, tok, state):
             shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
             say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
                 f"{speed:,.0f} {unit[:3]}/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
     if halt:
         say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
     else:
@@ -1536,7 +1614,7 @@ def peak_mb():
 # ----- sample (shared) -----
 def draw(logits, cfg, generator):
     """logits (B, V) -> tokens (B, 1): the most likely, or drawn after temperature, top-k and top-p."""
-    if cfg.temp == 0:
+    if cfg.temp < 1e-6:
         return logits.argmax(-1, keepdim=True)
     p = F.softmax(logits.float() / cfg.temp, dim=-1)
     if 0 < cfg.top_k < p.shape[-1]:
@@ -1599,9 +1677,53 @@ ACTIONS = dict(sample=sample)
 
 
 # ----- what can be asked of a fine-tuned model -----
+def save(cfg, model, *how, shared=save):
+    """Last, as until then the folder is the old run: an adapter in it goes when a whole model was saved there."""
+    shared(cfg, model, *how)
+    if int(os.environ.get("RANK", 0)) == 0 and not hasattr(model, "adapter"):
+        drop_adapter(cfg.out)
+
+
+def load_run(out, shared=load_run):
+    """What save() left; a kill may have come before its last step."""
+    state = shared(out)
+    if state and state["config"].get("method") == "full":
+        drop_adapter(out)
+    return state
+
+
+ASKED = {}  # the flags that were given
+
+
+def parse(argv=None, shared=parse):
+    preset, given = shared(argv)
+    ASKED.clear()
+    ASKED.update(given)
+    return preset, given
+
+
+# what an adapter says of itself, as flags: one that says otherwise is a mistake
+OWN = dict(rank="r", alpha="lora_alpha", rslora="use_rslora", targets="target_modules", dropout="lora_dropout",
+           prompts="adapter_len")
+
+
+def check_asked(asked, adapter, source):
+    """Flags that were given with an adapter, which was made with others: they would change nothing."""
+    methods = ["adapter"] if adapter.get("peft_type") == "ADAPTION_PROMPT" else ["lora", "qlora"]
+    if asked.get("method", methods[0]) not in methods:
+        bad(f"--method {asked['method']}: {source} is an adapter, made with --method {methods[0]}; "
+            "without that flag it is used as it is")
+    for k, name in OWN.items():
+        has, want = adapter.get(name), asked.get(k)
+        if k == "targets" and isinstance(has, list) and want:
+            has, want = ",".join(sorted(has)), ",".join(sorted(want.split(",")))
+        if k in asked and name in adapter and want != (bool(has) if k == "rslora" else has):
+            bad(f"{flag(k)} {asked[k]}: {source} is an adapter, made with {has}; without that flag it is used as it is")
+
+
 def base_or_adapter(source, **overrides):
     """--init; "tiny" is a base made on the spot, so that the file runs on a machine that has none and reaches none."""
-    method, out = overrides.get("method", Config.method), overrides.get("out")
+    method, out, asked = overrides.get("method", Config.method), overrides.get("out"), dict(ASKED)
     if overrides.get("optim") == "muon" and method != "full":
         bad("--optim muon: it is for whole matrices (--method full); adamw and adamw8bit train adapters")
     if source == "tiny":
@@ -1618,9 +1740,11 @@ def base_or_adapter(source, **overrides):
                 raise SystemExit(0)
             print(f"!!! the base is made; now --method {method} adapts it to --data {overrides.get('data')}")
     torch.manual_seed(overrides.get("seed", Config.seed))  # A is random
+    if is_adapter(path := find_checkpoint(source)):
+        if method == "full":
+            bad(f"--method full: {source} is an adapter; --merge it first, then --init the merged folder")
+        check_asked(asked, read_json(path / "adapter_config.json"), source)
     model = Model.from_pretrained(source, **dict(method=method) | overrides)
-    if method == "full" and hasattr(model, "adapter"):
-        bad(f"--method full: {source} is an adapter; --merge it first, then --init the merged folder")
     if overrides.get("merge"):
         model.to = lambda device: model  # the base may be larger than a GPU: merging stays on the CPU
     elif hasattr(model, "adapter") and not overrides.get("sample"):
@@ -1646,6 +1770,13 @@ def merge(cfg, model, tok):
     """--merge: W + s B A for every adapted W, one at a time, written in the base files' dtype; the rest is copied."""
     if getattr(model, "adapter", {}).get("peft_type") == "ADAPTION_PROMPT":
         bad("--merge: prompts of LLaMA-Adapter are no part of any weight; only lora and qlora can be merged")
+    folder, base = Path(cfg.merge), find_checkpoint(model.base)
+    if not cfg.merge:
+        bad("--merge: its value is empty; the folder to write to is asked for")
+    if folder.is_dir() and folder.samefile(base):
+        bad(f"--merge {folder}: the base itself is there, and would be overwritten; another folder is asked for")
+    if (folder / "adapter_config.json").exists():
+        bad(f"--merge {folder}: it holds an adapter, as which it would be read; another folder is asked for")
     modules, weights = dict(model.named_modules()), {n: p for n, p in model.named_parameters() if ".lora_" not in n}
     names, header, end = ({torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
                           {"__metadata__": {"format": "pt"}}, 0)
@@ -1672,8 +1803,8 @@ def merge(cfg, model, tok):
     write_file(f"{cfg.merge}/config.json", lambda tmp: Path(tmp).write_text(json.dumps(config, indent=2)))
     files = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
              "chat_template.jinja", "tok.json")
-    for f in [folder / f for folder in (find_checkpoint(model.base), Path(tok.kind if tok else "").parent)
-              for f in files]:
+    own = [Path(tok.kind).parent] if tok and tok.kind.endswith(".json") else []
+    for f in [folder / f for folder in (base, *own) for f in files]:
         if f.is_file() and not (f.name == "tok.json" and Path(cfg.merge, "tokenizer.json").is_file()):
             shutil.copy(f, cfg.merge)
     print(f"{sum(p.numel() for p in weights.values()):,} parameters in {cfg.merge}; "
@@ -1687,8 +1818,10 @@ ACTIONS |= dict(sample=answer, merge=merge)
 # ----- main (shared) -----
 def main(argv=None):
     preset, given = parse(argv)
-    origin = next((k for k in SOURCES if given.get(k)), None)
-    action = next((k for k in ACTIONS if given.get(k, False) is not False), None)
+    origins, actions = [k for k in SOURCES if given.get(k)], [k for k in ACTIONS if given.get(k, False) is not False]
+    if len(origins) > 1 or len(actions) > 1:
+        bad(f"{' and '.join(map(flag, origins if len(origins) > 1 else actions))}: one at a time")
+    origin, action = next(iter(origins), None), next(iter(actions), None)
     out, model, tok, state = given.get("out", preset["out"]), None, None, None
     if given.get("resume") or action and not origin:
         state, wanted = load_run(out), "resume" if given.get("resume") else action
@@ -1698,6 +1831,9 @@ def main(argv=None):
             bad(f"{flag(wanted)}: {reason}")
         kept = {k: v for k, v in (state or {}).get("config", {}).items()
                 if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
+        for k in [k for k in (*SIZES, "optim") if given.get("resume") and k in given and k in kept]:
+            if (value := getattr(Config(**{k: given[k]}), k)) != kept[k]:
+                bad(f"{flag(k)} {value}: the run in {out} has {kept[k]}; --init {out} starts another one")
         origin, source, preset = "init", out, preset | kept | dict(out=out)
     else:
         origin = origin or next((k for k in SOURCES if preset.get(k)), None)
@@ -1707,14 +1843,19 @@ def main(argv=None):
                                            if k not in SOURCES and (k in given or k not in SIZES)})
         source = source if isinstance(source, str) else source[0]
         tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), getattr(model.cfg, "vocab", 0))
+        tok = Tokenizer(given["tok"]) if tok and given.get("tok", tok.kind) != tok.kind else tok
         preset |= {k: getattr(model.cfg, k) for k in SIZES}
     cfg = Config(**preset | given)
     if not action:
         return train(cfg, given, model, tok, state if cfg.resume else None)
-    device, _, _ = pick_device(cfg)
-    ACTIONS[action](cfg, model.to(device), tok or (Tokenizer(cfg.tok) if getattr(cfg, "tok", "") else None))
+    device, rank, _ = pick_device(cfg)
+    if rank == 0:
+        ACTIONS[action](cfg, model.to(device), tok or (Tokenizer(cfg.tok) if getattr(cfg, "tok", "") else None))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 # ----- end -----

@@ -512,8 +512,10 @@ class Model(nn.Module):
         tok = load_tokenizer(paths[0], config["vocab"]) or bad(
             f"--merge {paths[0]}: no tokenizer.json or tok.json beside it to read --prompts with")
         base = cls.build(config | dict(experts=1, top_k_experts=1), dict(tensors), paths[0]).eval()
-        gates = torch.stack([base.gate_rows([tok.encode(p) for p in good], [tok.encode(p) for p in poor])
-                             for good, poor in wanted], 1)  # (L, E, C)
+        wanted = [[[tok.encode(p) for p in lines] for lines in block] for block in wanted]
+        if not all(len(ids) for block in wanted for lines in block for ids in lines):
+            bad(f"--prompts {prompts}: a line without any text, or only a !; each is a prompt, or ! and a prompt")
+        gates = torch.stack([base.gate_rows(good, poor) for good, poor in wanted], 1)  # (L, E, C)
         for k in [k for k in tensors if ".mlp." in k]:
             layer = int(k.split(".")[2])
             tensors[k] = torch.cat([t[k] for _, t in found]) if ".experts." in k else gates[layer]
@@ -653,11 +655,14 @@ def dense_only(config, path, flag):
 
 def read_prompts(path, E):
     """Blocks of lines, a blank line between them, one for each expert -> [(prompts, those that began with !)]."""
+    if not path:
+        bad("--prompts (none): --merge needs a text file with a block of lines for each model")
     try:
-        blocks = [b.splitlines() for b in re.split(r"\n\s*\n", Path(path).read_text(encoding="utf-8").strip())]
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as e:
-        bad(f"--prompts {path or '(none)'}: {getattr(e, 'strerror', None) or 'not UTF-8'}; "
+        bad(f"--prompts {path}: {getattr(e, 'strerror', None) or 'not UTF-8'}; "
             "a text file with a block of lines for each model of --merge")
+    blocks = [b.split("\n") for b in re.split(r"\n\s*\n", text)] if text else []
     found = [([p for p in b if p[0] != "!"], [p[1:] for p in b if p[0] == "!"]) for b in blocks]
     if len(found) != E or not all(good for good, _ in found):
         bad(f"--prompts {path}: {len(found)} blocks of lines for the {E} models of --merge, "
@@ -700,6 +705,10 @@ def parse(argv=None):
             bad(f"{flag(k)} {v}: one of {', '.join(CHOICES[k])}")
         if type(v) in (int, float) and not (0 < v < math.inf if k in POSITIVE else 0 <= v < math.inf):
             bad(f"{flag(k)} {v}: must be {'positive' if k in POSITIVE else '0 or more'}")
+        if k == "seed" and v >= 2**63:
+            bad(f"--seed {v}: must be below 2^63")
+        if k in ("data", "out") and not v:
+            bad(f"{flag(k)}: its value is empty")
         if k in FRACTION and v > 1 or k in ("dropout", "beta2") and v == 1 or k == "top_p" and not 0 < v <= 1:
             bad(f"{flag(k)} {v}: must be between 0 and 1")
     preset = given.get("preset") or ("gpu" if torch.cuda.is_available() else "cpu")
@@ -719,11 +728,13 @@ class Tokenizer:
     def __init__(self, kind, chars=""):
         self.kind, self.chars = kind, chars  # chars: the sorted characters of kind char; an id is a place among them
         try:
-            if kind == "char":
+            if kind == "char" and not chars:
+                bad("--tok char: no text, and no tok.json of a run, says which characters there are")
+            elif kind == "char":
                 self.vocab, self.encode, self.decode = (len(chars), self.places,
                                                         lambda ids: "".join(chars[i] for i in ids))
             elif kind == "byte":
-                self.vocab, self.encode = 256, lambda text: np.frombuffer(text.encode(), np.uint8)
+                self.vocab, self.encode = 256, lambda text: np.frombuffer(text.encode(errors="replace"), np.uint8)
                 self.decode = lambda ids: bytes(ids).decode(errors="replace")
             elif kind == "gpt2":
                 import tiktoken
@@ -751,7 +762,8 @@ class Tokenizer:
             bad(f"--tok {kind}: cannot be used{hint} ({type(e).__name__})")
 
     def places(self, text):
-        known, codes = np.array([ord(c) for c in self.chars]), np.frombuffer(text.encode("utf-32-le"), "<u4")
+        known = np.array([ord(c) for c in self.chars])
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
         ids = np.searchsorted(known, codes).clip(max=len(known) - 1)
         if (wrong := codes[known[ids] != codes]).size:
             bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); "
@@ -759,7 +771,7 @@ class Tokenizer:
         return ids
 
     def longest(self, text):  # greedy: the longest word that the text goes on with
-        raw, ids, at, most = text.encode(), [], 0, max(map(len, self.ids))
+        raw, ids, at, most = text.encode(errors="replace"), [], 0, max(map(len, self.ids))
         while at < len(raw):
             n = next(n for n in range(most, 0, -1) if raw[at : at + n] in self.ids)
             ids.append(self.ids[raw[at : at + n]])
@@ -815,9 +827,11 @@ def shard(path):
         if len(tokens) != head[2]:
             bad(f"{path}: {len(tokens):,} tokens where its header says {head[2]:,}: the file is cut or damaged")
         return tokens
-    meta = path.parent / "meta.json"
-    wide = meta.is_file() and json.loads(meta.read_text())["vocab_size"] > 65536
-    return np.memmap(path, "<u4" if wide else "<u2", "r") if path.stat().st_size else np.empty(0, np.uint16)
+    meta, size = path.parent / "meta.json", path.stat().st_size
+    kind = np.dtype("<u4" if meta.is_file() and json.loads(meta.read_text())["vocab_size"] > 65536 else "<u2")
+    if size % kind.itemsize:
+        bad(f"{path}: {size:,} bytes are no whole number of tokens of {kind.itemsize}: the file is cut or damaged")
+    return np.memmap(path, kind, "r") if size else np.empty(0, kind)
 
 
 class PlainPickle(pickle.Unpickler):
@@ -858,7 +872,7 @@ def load_text(cfg, given, tok):
         try:
             text = Path(cfg.data).read_bytes().decode()  # bytes: no newline is translated
             if cfg.data.endswith(".jsonl"):
-                text = "\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+                text = "\n".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
         except OSError as e:
             bad(f"--data {cfg.data}: {e.strerror}")
         except (ValueError, KeyError, TypeError) as e:
@@ -883,7 +897,7 @@ def load_text(cfg, given, tok):
         try:
             if meta.is_file():
                 m = json.loads(meta.read_text())
-                kind, chars = m["tok"], m.get("chars", "")
+                kind, chars, _ = m["tok"], m.get("chars", ""), int(m["vocab_size"])
             elif old.is_file():
                 m = PlainPickle(open(old, "rb")).load()
                 kind, chars = "char", "".join(m["itos"][i] for i in range(m["vocab_size"]))
@@ -896,6 +910,8 @@ def load_text(cfg, given, tok):
         val = [f for f in files if "val" in f.name]
         parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name],
                      val=[shard(f) for f in val])
+        if not parts["train"]:
+            bad(f"--data {cfg.data}: only val and test shards; the others are what it trains on")
         if not val:  # shards without a split: the last tenth of the last one
             *rest, last = parts["train"]
             parts = dict(train=[*rest, last[: len(last) * 9 // 10]], val=[last[len(last) * 9 // 10 :]])
@@ -1041,11 +1057,17 @@ def find_checkpoint(source):
             "a hub name is owner/name")
 
 
+def first_line(e):
+    return (str(e) or type(e).__name__).splitlines()[0][:120]
+
+
 def read_checkpoint(path):
     """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
     folder = path if path.is_dir() else path.parent
     try:
         config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
+        if not isinstance(config, dict):
+            raise TypeError("config.json holds no names")
         if path.is_file():
             files = [path]
         elif index.is_file():
@@ -1061,7 +1083,7 @@ def read_checkpoint(path):
     except FileNotFoundError as e:
         bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
     except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
-        bad(f"{path}: damaged, or not a checkpoint ({str(e).splitlines()[0][:120]})")
+        bad(f"{path}: damaged, or not a checkpoint ({first_line(e)})")
 
 
 def load_strict(model, tensors, path):
@@ -1097,8 +1119,13 @@ def save(cfg, model, optimizers, tok, step, best):
         write_file(f"{cfg.out}/tok.json", lambda tmp: Path(tmp).write_text(json.dumps(kind)))
         state = dict(config=asdict(cfg), optimizers=states, step=step, best=best)
         write_file(f"{cfg.out}/train_state.pt", lambda tmp: torch.save(state, tmp))
-        for new in Path(cfg.out).rglob("*.safetensors.new"):
+        for new in not_renamed(cfg.out):
             os.replace(new, new.with_suffix(""))
+
+
+def not_renamed(out):
+    """The weights in the run's folder, and in those of unet.py's parts, that save() has written but not renamed."""
+    return [f for part in ("", "unet", "vae", "text_encoder") for f in Path(out, part).glob("*.safetensors.new")]
 
 
 def load_run(out):
@@ -1108,21 +1135,26 @@ def load_run(out):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for new in Path(out).rglob("*.safetensors.new"):
+        state = {k: state[k] for k in ("config", "optimizers", "step", "best")}
+        for new in not_renamed(out):
             with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of state's step here
                 if f.metadata()["step"] == str(state["step"]):
                     os.replace(new, new.with_suffix(""))
         return state
     except Exception as e:  # a damaged zip, a foreign pickle, a file that is no dict
-        bad(f"{path}: damaged, or not of this program ({str(e).splitlines()[0][:120]})")
+        bad(f"{path}: damaged, or not of this program ({first_line(e)})")
 
 
 def load_tokenizer(path, vocab):
     """The tokenizer beside a checkpoint; without one the family's, where the vocabulary is its; or None."""
     folder = path if path.is_dir() else path.parent
     if (folder / "tok.json").is_file():
-        kind = json.loads((folder / "tok.json").read_text())
-        return Tokenizer(kind["tok"], kind["chars"])
+        try:
+            kind = json.loads((folder / "tok.json").read_text())
+            kind, chars = kind["tok"], kind["chars"]
+        except (ValueError, KeyError, TypeError) as e:
+            bad(f"{folder / 'tok.json'}: damaged ({first_line(e)})")
+        return Tokenizer(kind, chars)
     if (folder / "tokenizer.json").is_file():
         return Tokenizer(str(folder / "tokenizer.json"))
     return Tokenizer(TOK[vocab]) if vocab in TOK else None
@@ -1233,7 +1265,10 @@ def train(cfg, given, model, tok, state):
                 D, how = sharded(cfg)
                 D.set_optimizer_state_dict(model, o, s, options=how)
             else:
-                o.load_state_dict(s)
+                try:
+                    o.load_state_dict(s)
+                except ValueError as e:
+                    bad(f"--resume: the optimizer's state in {cfg.out} is of other tensors ({first_line(e)})")
         swap(optimizers)  # the weights on the disk are the averages
     run = run if cfg.fsdp or world == 1 else nn.parallel.DistributedDataParallel(run)
     run = torch.compile(run) if cfg.compile else run
@@ -1253,8 +1288,7 @@ def train(cfg, given, model, tok, state):
     log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
     log.writerows([("step", f"{unit}s", "seconds", "loss", "val", "lr", "norm", f"{unit[:3]}_s"), *rows])
     stop, before = [], float(rows[-1][2]) if rows else 0.0
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: stop.append(1))
+    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
     wrong = torch.full((), -1, device=device)  # the first step whose loss or gradient was not finite
     halt = False  # stop, read once a step: a signal that comes later waits for the next
     begun, saved, start, mark = step, step if state else None, time.perf_counter(), (time.perf_counter(), step)
@@ -1313,6 +1347,8 @@ def train(cfg, given, model, tok, state):
             shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
             say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
                 f"{speed:,.0f} {unit[:3]}/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
     if halt:
         say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
     else:
@@ -1339,7 +1375,7 @@ def peak_mb():
 # ----- sample (shared) -----
 def draw(logits, cfg, generator):
     """logits (B, V) -> tokens (B, 1): the most likely, or drawn after temperature, top-k and top-p."""
-    if cfg.temp == 0:
+    if cfg.temp < 1e-6:
         return logits.argmax(-1, keepdim=True)
     p = F.softmax(logits.float() / cfg.temp, dim=-1)
     if 0 < cfg.top_k < p.shape[-1]:
@@ -1408,6 +1444,11 @@ def show_routing(cfg, model, tok):
     if tok is None or not len(ids := tok.encode(cfg.show_routing)):
         bad("--show-routing: the text is empty" if tok
             else "--show-routing: the checkpoint has no tokenizer; --tok names one")
+    path = Path(cfg.out, "routing.png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        bad(f"--out {cfg.out}: {e.strerror}")
     model.eval()
     model(torch.from_numpy(ids.astype(np.int64))[None, : model.context].to(next(model.parameters()).device))
     words, E = [tok.decode([i]).replace("\n", "\u23ce") for i in ids.tolist()], cfg.experts
@@ -1422,7 +1463,6 @@ def show_routing(cfg, model, tok):
         print(f"layer {i:>2}: " + "".join(paint(e[0], e[min(1, len(e) - 1)], w)
                                           for e, w in zip(chosen.tolist(), words)))
         shares.append(chosen.flatten().bincount(minlength=E) / chosen.numel())
-    path = Path(cfg.out, "routing.png")
     draw_shares(torch.stack(shares).tolist(), hue, path)
     print(f"the share of each expert per layer is in {path}")
 
@@ -1446,8 +1486,10 @@ def draw_shares(shares, hue, path):
             pen.text((74 + e * w, foot - 14), f"{s:.0%}", "black")
         even = foot - 1 / E / most * (h - 8)
         pen.line((70, even, 62 + E * w, even), "black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    try:
+        picture.save(path)
+    except OSError as e:
+        bad(f"--out {path.parent}: {e.strerror}")
 
 
 SOURCES |= dict(upcycle=Model.upcycle, merge=Model.merge)
@@ -1460,8 +1502,10 @@ ACTIONS |= dict(show_routing=show_routing)
 # ----- main (shared) -----
 def main(argv=None):
     preset, given = parse(argv)
-    origin = next((k for k in SOURCES if given.get(k)), None)
-    action = next((k for k in ACTIONS if given.get(k, False) is not False), None)
+    origins, actions = [k for k in SOURCES if given.get(k)], [k for k in ACTIONS if given.get(k, False) is not False]
+    if len(origins) > 1 or len(actions) > 1:
+        bad(f"{' and '.join(map(flag, origins if len(origins) > 1 else actions))}: one at a time")
+    origin, action = next(iter(origins), None), next(iter(actions), None)
     out, model, tok, state = given.get("out", preset["out"]), None, None, None
     if given.get("resume") or action and not origin:
         state, wanted = load_run(out), "resume" if given.get("resume") else action
@@ -1471,6 +1515,9 @@ def main(argv=None):
             bad(f"{flag(wanted)}: {reason}")
         kept = {k: v for k, v in (state or {}).get("config", {}).items()
                 if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
+        for k in [k for k in (*SIZES, "optim") if given.get("resume") and k in given and k in kept]:
+            if (value := getattr(Config(**{k: given[k]}), k)) != kept[k]:
+                bad(f"{flag(k)} {value}: the run in {out} has {kept[k]}; --init {out} starts another one")
         origin, source, preset = "init", out, preset | kept | dict(out=out)
     else:
         origin = origin or next((k for k in SOURCES if preset.get(k)), None)
@@ -1480,14 +1527,19 @@ def main(argv=None):
                                            if k not in SOURCES and (k in given or k not in SIZES)})
         source = source if isinstance(source, str) else source[0]
         tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), getattr(model.cfg, "vocab", 0))
+        tok = Tokenizer(given["tok"]) if tok and given.get("tok", tok.kind) != tok.kind else tok
         preset |= {k: getattr(model.cfg, k) for k in SIZES}
     cfg = Config(**preset | given)
     if not action:
         return train(cfg, given, model, tok, state if cfg.resume else None)
-    device, _, _ = pick_device(cfg)
-    ACTIONS[action](cfg, model.to(device), tok or (Tokenizer(cfg.tok) if getattr(cfg, "tok", "") else None))
+    device, rank, _ = pick_device(cfg)
+    if rank == 0:
+        ACTIONS[action](cfg, model.to(device), tok or (Tokenizer(cfg.tok) if getattr(cfg, "tok", "") else None))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 # ----- end -----

@@ -497,6 +497,10 @@ def parse(argv=None):
             bad(f"{flag(k)} {v}: one of {', '.join(CHOICES[k])}")
         if type(v) in (int, float) and not (0 < v < math.inf if k in POSITIVE else 0 <= v < math.inf):
             bad(f"{flag(k)} {v}: must be {'positive' if k in POSITIVE else '0 or more'}")
+        if k == "seed" and v >= 2**63:
+            bad(f"--seed {v}: must be below 2^63")
+        if k in ("data", "out") and not v:
+            bad(f"{flag(k)}: its value is empty")
         if k in FRACTION and v > 1 or k in ("dropout", "beta2") and v == 1 or k == "top_p" and not 0 < v <= 1:
             bad(f"{flag(k)} {v}: must be between 0 and 1")
     preset = given.get("preset") or ("gpu" if torch.cuda.is_available() else "cpu")
@@ -516,11 +520,13 @@ class Tokenizer:
     def __init__(self, kind, chars=""):
         self.kind, self.chars = kind, chars  # chars: the sorted characters of kind char; an id is a place among them
         try:
-            if kind == "char":
+            if kind == "char" and not chars:
+                bad("--tok char: no text, and no tok.json of a run, says which characters there are")
+            elif kind == "char":
                 self.vocab, self.encode, self.decode = (len(chars), self.places,
                                                         lambda ids: "".join(chars[i] for i in ids))
             elif kind == "byte":
-                self.vocab, self.encode = 256, lambda text: np.frombuffer(text.encode(), np.uint8)
+                self.vocab, self.encode = 256, lambda text: np.frombuffer(text.encode(errors="replace"), np.uint8)
                 self.decode = lambda ids: bytes(ids).decode(errors="replace")
             elif kind == "gpt2":
                 import tiktoken
@@ -548,7 +554,8 @@ class Tokenizer:
             bad(f"--tok {kind}: cannot be used{hint} ({type(e).__name__})")
 
     def places(self, text):
-        known, codes = np.array([ord(c) for c in self.chars]), np.frombuffer(text.encode("utf-32-le"), "<u4")
+        known = np.array([ord(c) for c in self.chars])
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
         ids = np.searchsorted(known, codes).clip(max=len(known) - 1)
         if (wrong := codes[known[ids] != codes]).size:
             bad(f"the character {chr(wrong[0])!r} is not in the training text (--tok char); "
@@ -556,7 +563,7 @@ class Tokenizer:
         return ids
 
     def longest(self, text):  # greedy: the longest word that the text goes on with
-        raw, ids, at, most = text.encode(), [], 0, max(map(len, self.ids))
+        raw, ids, at, most = text.encode(errors="replace"), [], 0, max(map(len, self.ids))
         while at < len(raw):
             n = next(n for n in range(most, 0, -1) if raw[at : at + n] in self.ids)
             ids.append(self.ids[raw[at : at + n]])
@@ -612,9 +619,11 @@ def shard(path):
         if len(tokens) != head[2]:
             bad(f"{path}: {len(tokens):,} tokens where its header says {head[2]:,}: the file is cut or damaged")
         return tokens
-    meta = path.parent / "meta.json"
-    wide = meta.is_file() and json.loads(meta.read_text())["vocab_size"] > 65536
-    return np.memmap(path, "<u4" if wide else "<u2", "r") if path.stat().st_size else np.empty(0, np.uint16)
+    meta, size = path.parent / "meta.json", path.stat().st_size
+    kind = np.dtype("<u4" if meta.is_file() and json.loads(meta.read_text())["vocab_size"] > 65536 else "<u2")
+    if size % kind.itemsize:
+        bad(f"{path}: {size:,} bytes are no whole number of tokens of {kind.itemsize}: the file is cut or damaged")
+    return np.memmap(path, kind, "r") if size else np.empty(0, kind)
 
 
 class PlainPickle(pickle.Unpickler):
@@ -655,7 +664,7 @@ def load_text(cfg, given, tok):
         try:
             text = Path(cfg.data).read_bytes().decode()  # bytes: no newline is translated
             if cfg.data.endswith(".jsonl"):
-                text = "\n".join(json.loads(line)["text"] for line in text.splitlines() if line.strip())
+                text = "\n".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
         except OSError as e:
             bad(f"--data {cfg.data}: {e.strerror}")
         except (ValueError, KeyError, TypeError) as e:
@@ -680,7 +689,7 @@ def load_text(cfg, given, tok):
         try:
             if meta.is_file():
                 m = json.loads(meta.read_text())
-                kind, chars = m["tok"], m.get("chars", "")
+                kind, chars, _ = m["tok"], m.get("chars", ""), int(m["vocab_size"])
             elif old.is_file():
                 m = PlainPickle(open(old, "rb")).load()
                 kind, chars = "char", "".join(m["itos"][i] for i in range(m["vocab_size"]))
@@ -693,6 +702,8 @@ def load_text(cfg, given, tok):
         val = [f for f in files if "val" in f.name]
         parts = dict(train=[shard(f) for f in files if "val" not in f.name and "test" not in f.name],
                      val=[shard(f) for f in val])
+        if not parts["train"]:
+            bad(f"--data {cfg.data}: only val and test shards; the others are what it trains on")
         if not val:  # shards without a split: the last tenth of the last one
             *rest, last = parts["train"]
             parts = dict(train=[*rest, last[: len(last) * 9 // 10]], val=[last[len(last) * 9 // 10 :]])
@@ -838,11 +849,17 @@ def find_checkpoint(source):
             "a hub name is owner/name")
 
 
+def first_line(e):
+    return (str(e) or type(e).__name__).splitlines()[0][:120]
+
+
 def read_checkpoint(path):
     """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
     folder = path if path.is_dir() else path.parent
     try:
         config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
+        if not isinstance(config, dict):
+            raise TypeError("config.json holds no names")
         if path.is_file():
             files = [path]
         elif index.is_file():
@@ -858,7 +875,7 @@ def read_checkpoint(path):
     except FileNotFoundError as e:
         bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
     except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
-        bad(f"{path}: damaged, or not a checkpoint ({str(e).splitlines()[0][:120]})")
+        bad(f"{path}: damaged, or not a checkpoint ({first_line(e)})")
 
 
 def load_strict(model, tensors, path):
@@ -894,8 +911,13 @@ def save(cfg, model, optimizers, tok, step, best):
         write_file(f"{cfg.out}/tok.json", lambda tmp: Path(tmp).write_text(json.dumps(kind)))
         state = dict(config=asdict(cfg), optimizers=states, step=step, best=best)
         write_file(f"{cfg.out}/train_state.pt", lambda tmp: torch.save(state, tmp))
-        for new in Path(cfg.out).rglob("*.safetensors.new"):
+        for new in not_renamed(cfg.out):
             os.replace(new, new.with_suffix(""))
+
+
+def not_renamed(out):
+    """The weights in the run's folder, and in those of unet.py's parts, that save() has written but not renamed."""
+    return [f for part in ("", "unet", "vae", "text_encoder") for f in Path(out, part).glob("*.safetensors.new")]
 
 
 def load_run(out):
@@ -905,21 +927,26 @@ def load_run(out):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for new in Path(out).rglob("*.safetensors.new"):
+        state = {k: state[k] for k in ("config", "optimizers", "step", "best")}
+        for new in not_renamed(out):
             with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of state's step here
                 if f.metadata()["step"] == str(state["step"]):
                     os.replace(new, new.with_suffix(""))
         return state
     except Exception as e:  # a damaged zip, a foreign pickle, a file that is no dict
-        bad(f"{path}: damaged, or not of this program ({str(e).splitlines()[0][:120]})")
+        bad(f"{path}: damaged, or not of this program ({first_line(e)})")
 
 
 def load_tokenizer(path, vocab):
     """The tokenizer beside a checkpoint; without one the family's, where the vocabulary is its; or None."""
     folder = path if path.is_dir() else path.parent
     if (folder / "tok.json").is_file():
-        kind = json.loads((folder / "tok.json").read_text())
-        return Tokenizer(kind["tok"], kind["chars"])
+        try:
+            kind = json.loads((folder / "tok.json").read_text())
+            kind, chars = kind["tok"], kind["chars"]
+        except (ValueError, KeyError, TypeError) as e:
+            bad(f"{folder / 'tok.json'}: damaged ({first_line(e)})")
+        return Tokenizer(kind, chars)
     if (folder / "tokenizer.json").is_file():
         return Tokenizer(str(folder / "tokenizer.json"))
     return Tokenizer(TOK[vocab]) if vocab in TOK else None
@@ -1030,7 +1057,10 @@ def train(cfg, given, model, tok, state):
                 D, how = sharded(cfg)
                 D.set_optimizer_state_dict(model, o, s, options=how)
             else:
-                o.load_state_dict(s)
+                try:
+                    o.load_state_dict(s)
+                except ValueError as e:
+                    bad(f"--resume: the optimizer's state in {cfg.out} is of other tensors ({first_line(e)})")
         swap(optimizers)  # the weights on the disk are the averages
     run = run if cfg.fsdp or world == 1 else nn.parallel.DistributedDataParallel(run)
     run = torch.compile(run) if cfg.compile else run
@@ -1050,8 +1080,7 @@ def train(cfg, given, model, tok, state):
     log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
     log.writerows([("step", f"{unit}s", "seconds", "loss", "val", "lr", "norm", f"{unit[:3]}_s"), *rows])
     stop, before = [], float(rows[-1][2]) if rows else 0.0
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: stop.append(1))
+    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
     wrong = torch.full((), -1, device=device)  # the first step whose loss or gradient was not finite
     halt = False  # stop, read once a step: a signal that comes later waits for the next
     begun, saved, start, mark = step, step if state else None, time.perf_counter(), (time.perf_counter(), step)
@@ -1110,6 +1139,8 @@ def train(cfg, given, model, tok, state):
             shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
             say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
                 f"{speed:,.0f} {unit[:3]}/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
     if halt:
         say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
     else:
@@ -1136,7 +1167,7 @@ def peak_mb():
 # ----- sample (shared) -----
 def draw(logits, cfg, generator):
     """logits (B, V) -> tokens (B, 1): the most likely, or drawn after temperature, top-k and top-p."""
-    if cfg.temp == 0:
+    if cfg.temp < 1e-6:
         return logits.argmax(-1, keepdim=True)
     p = F.softmax(logits.float() / cfg.temp, dim=-1)
     if 0 < cfg.top_k < p.shape[-1]:
@@ -1201,8 +1232,10 @@ ACTIONS = dict(sample=sample)
 # ----- main (shared) -----
 def main(argv=None):
     preset, given = parse(argv)
-    origin = next((k for k in SOURCES if given.get(k)), None)
-    action = next((k for k in ACTIONS if given.get(k, False) is not False), None)
+    origins, actions = [k for k in SOURCES if given.get(k)], [k for k in ACTIONS if given.get(k, False) is not False]
+    if len(origins) > 1 or len(actions) > 1:
+        bad(f"{' and '.join(map(flag, origins if len(origins) > 1 else actions))}: one at a time")
+    origin, action = next(iter(origins), None), next(iter(actions), None)
     out, model, tok, state = given.get("out", preset["out"]), None, None, None
     if given.get("resume") or action and not origin:
         state, wanted = load_run(out), "resume" if given.get("resume") else action
@@ -1212,6 +1245,9 @@ def main(argv=None):
             bad(f"{flag(wanted)}: {reason}")
         kept = {k: v for k, v in (state or {}).get("config", {}).items()
                 if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
+        for k in [k for k in (*SIZES, "optim") if given.get("resume") and k in given and k in kept]:
+            if (value := getattr(Config(**{k: given[k]}), k)) != kept[k]:
+                bad(f"{flag(k)} {value}: the run in {out} has {kept[k]}; --init {out} starts another one")
         origin, source, preset = "init", out, preset | kept | dict(out=out)
     else:
         origin = origin or next((k for k in SOURCES if preset.get(k)), None)
@@ -1221,14 +1257,19 @@ def main(argv=None):
                                            if k not in SOURCES and (k in given or k not in SIZES)})
         source = source if isinstance(source, str) else source[0]
         tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), getattr(model.cfg, "vocab", 0))
+        tok = Tokenizer(given["tok"]) if tok and given.get("tok", tok.kind) != tok.kind else tok
         preset |= {k: getattr(model.cfg, k) for k in SIZES}
     cfg = Config(**preset | given)
     if not action:
         return train(cfg, given, model, tok, state if cfg.resume else None)
-    device, _, _ = pick_device(cfg)
-    ACTIONS[action](cfg, model.to(device), tok or (Tokenizer(cfg.tok) if getattr(cfg, "tok", "") else None))
+    device, rank, _ = pick_device(cfg)
+    if rank == 0:
+        ACTIONS[action](cfg, model.to(device), tok or (Tokenizer(cfg.tok) if getattr(cfg, "tok", "") else None))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 # ----- end -----

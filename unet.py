@@ -133,6 +133,8 @@ class Config:
                 setattr(self, name, [int(n) for n in getattr(self, name)])
             except ValueError:
                 bad(f"{flag(name)} {' '.join(getattr(self, name))}: whole numbers, one for each level")
+            if name != "attn" and min(getattr(self, name), default=0) < 1:
+                bad(f"{flag(name)} {' '.join(map(str, getattr(self, name)))}: positive numbers, one for each level")
         if self.stage == "vae":
             self.cond = "none"
 
@@ -675,8 +677,10 @@ class Model(Diffusion):
             return load_part(cls, source, WEIGHTS, run)
         there = lambda part: Path(source, part).is_dir() or not Path(source).exists()
         kept = {k: v for k, v in config.items() if k in SIZES}  # of a run of this file
-        vae = VAE.from_pretrained(f"{source}/vae") if there("vae") else None
-        text = TextEncoder.from_pretrained(f"{source}/text_encoder") if there("text_encoder") else None
+        # its folder may hold parts of an earlier run: what its own sizes ask for is taken
+        latents, captions = kept.get("scale", 1), not kept.get("features")
+        vae = VAE.from_pretrained(f"{source}/vae") if latents and there("vae") else None
+        text = TextEncoder.from_pretrained(f"{source}/text_encoder") if captions and there("text_encoder") else None
         if text and not kept:  # Stable Diffusion 1.x
             kept = dict(cond="text", captions=text.cfg.captions, objective="ddpm", betas="scaled")
         if text:
@@ -1008,6 +1012,10 @@ def parse(argv=None):
             bad(f"{flag(k)} {v}: one of {', '.join(CHOICES[k])}")
         if type(v) in (int, float) and not (0 < v < math.inf if k in POSITIVE else 0 <= v < math.inf):
             bad(f"{flag(k)} {v}: must be {'positive' if k in POSITIVE else '0 or more'}")
+        if k == "seed" and v >= 2**63:
+            bad(f"--seed {v}: must be below 2^63")
+        if k in ("data", "out") and not v:
+            bad(f"{flag(k)}: its value is empty")
         if k in FRACTION and v > 1 or k in ("dropout", "beta2") and v == 1 or k == "top_p" and not 0 < v <= 1:
             bad(f"{flag(k)} {v}: must be between 0 and 1")
     preset = given.get("preset") or ("gpu" if torch.cuda.is_available() else "cpu")
@@ -1065,8 +1073,8 @@ CHOSEN = dict(cond=("none", "class", "text"), objective=("ddpm", "flow"), betas=
               sampler=("", "ddpm", "ddim", "euler", "heun"))  # fmt: skip
 
 
-def check(cfg):
-    """Flags that name one of a few things."""
+def check(cfg, tok=None):
+    """Flags that name one of a few things, counts, and the condition that a checkpoint was made for."""
     for k, names in CHOSEN.items():
         if getattr(cfg, k) not in names:
             bad(f"{flag(k)} {getattr(cfg, k)}: one of {', '.join(filter(None, names))}")
@@ -1075,6 +1083,12 @@ def check(cfg):
     for k in ("ema", "drop"):
         if not 0 <= getattr(cfg, k) < 1:
             bad(f"{flag(k)} {getattr(cfg, k)}: at least 0 and less than 1")
+    for k in ("number", "sample_steps"):
+        if getattr(cfg, k) < 1:
+            bad(f"{flag(k)} {getattr(cfg, k)}: must be positive")
+    made = dict(byte="text", clip="text").get(tok.kind, tok.kind) if tok else cfg.cond
+    if cfg.cond not in ("none", made):
+        bad(f"--cond {cfg.cond}: the checkpoint was made with --cond {made}")
 
 
 class Tokenizer:
@@ -1091,7 +1105,7 @@ class Tokenizer:
             return np.zeros(len(texts), np.int64)
         ids = np.zeros((len(texts), n), np.int64)
         for row, t in zip(ids, texts):
-            b = np.frombuffer(t.encode()[:n], np.uint8)
+            b = np.frombuffer(t.encode(errors="replace")[:n], np.uint8)  # half a surrogate pair has no utf-8
             row[: len(b)] = b
         return ids
 
@@ -1204,15 +1218,17 @@ def read_npz(path):
         bad(f"--data {path}: needs images, uint8 (N, h, w) or (N, h, w, c), or latents as floats (N, c, h, w); "
             f"it has {', '.join(arrays) or 'nothing'}")
     for k, v in arrays.items():
-        if k in ("labels", "groups", "captions", "features", "mask") and len(v) != len(images):
-            bad(f"--data {path}: {len(v)} {k} for {len(images)} images")
+        if k in ("labels", "groups", "captions", "features", "mask") and (not v.ndim or len(v) != len(images)):
+            bad(f"--data {path}: {len(v) if v.ndim else 1} {k} for {len(images)} images")
+        if k in ("labels", "groups", "captions") and v.dtype.kind == "S":
+            arrays[k] = np.char.decode(v, "utf-8", "replace")
     return arrays | dict(images=images if images.ndim == 4 else images[..., None])
 
 
 def load_images(cfg, given, tok):
     """-> (training Images, validation Images, Tokenizer); sets cfg.size, cfg.channels and cfg.classes.
     tok: a checkpoint's, which must fit."""
-    check(cfg)
+    check(cfg, tok)
     folder, meta, path = Path(__file__).parent / "data", {}, Path(cfg.data)
     sets = [f.stem for f in folder.glob("*.py") if "NAME, PICTURES = " in f.read_text()]
     if cfg.data == "shapes" and not (folder / "shapes.py").is_file():  # this file alone
@@ -1248,6 +1264,14 @@ def load_images(cfg, given, tok):
     seen = train.shape[1:3] + train.shape[3:] if train.dtype == np.uint8 else train.shape[2:] + train.shape[1:2]
     cfg.size, cfg.channels = picture_size(cfg, seen)  # seen: h, w, c
 
+    def class_numbers(labels, most=math.inf):
+        """Labels that are numbers, checked."""
+        if labels.ndim != 1 or labels.dtype.kind not in "biu" or labels.min() < 0 or labels.max() >= most:
+            shown = f"{labels.dtype}, {labels.min()} to {labels.max()}" if labels.dtype.kind in "biuf" else labels.dtype
+            bad(f"--data {cfg.data}: its labels ({shown}) must be texts, or whole numbers from 0"
+                + f" to {most - 1}" * (most < math.inf))
+        return labels.astype(np.int64)
+
     def conditions(part):
         """-> what the model gets of each picture, its mask, and the names of classes."""
         labels, names = part.get("labels", part.get("groups")), meta.get("names")
@@ -1256,12 +1280,12 @@ def load_images(cfg, given, tok):
         if cfg.cond == "class":
             if labels is None:
                 bad(f"--cond class: --data {cfg.data} has no labels; --cond text or none")
-            if labels.dtype.kind in "US":
+            if labels.dtype.kind in "US" and labels.ndim == 1:
                 names = tok.chars if tok else sorted(set(np.concatenate(
                     [p.get("labels", p.get("groups")) for p in parts.values()]).tolist()))
                 labels = Tokenizer("class", names).encode(labels.tolist(), 0)
-            names = names or [str(i) for i in range(int(labels.max()) + 1)]
-            return labels.astype(np.int64), None, names
+            labels = class_numbers(labels)
+            return labels, None, names or [str(i) for i in range(int(labels.max()) + 1)]
         if cfg.features:
             if part.get("features") is None or part["features"].shape[1:] != (cfg.captions, cfg.features):
                 bad(f"--features {cfg.features}: --data {cfg.data} must have "
@@ -1271,9 +1295,11 @@ def load_images(cfg, given, tok):
         if captions is None and labels is not None and labels.dtype.kind in "US":
             captions = labels
         if captions is None and labels is not None and names:
-            captions = np.array(names)[labels]
+            captions = np.array(names)[class_numbers(labels, len(names))]
         if captions is None:
             bad(f"--cond text: --data {cfg.data} has no captions; --cond class or none")
+        if captions.ndim != 1 or captions.dtype.kind != "U":
+            bad(f"--data {cfg.data}: its captions ({captions.dtype}) must be texts, one for each picture")
         return (tok or Tokenizer("byte")).encode(captions.tolist(), cfg.captions), None, []
 
     found = {s: conditions(part) for s, part in parts.items()}
@@ -1336,7 +1362,7 @@ def show(cfg, model, tok, asked):
 
 
 def sample(cfg, model, tok):
-    check(cfg)
+    check(cfg, tok)
     if cfg.features and cfg.cond == "text":
         if not cfg.sample.endswith(".npz"):
             bad(f"--sample {cfg.sample}: this model's captions are another encoder's features; "
@@ -1385,6 +1411,7 @@ class Tokenizer(Tokenizer):
         if self.kind != "clip":
             return super().encode(texts, n)
         begin, end = CLIP - 2, CLIP - 1
+        texts = [t.encode(errors="replace").decode() for t in texts]  # half a surrogate pair has no utf-8
         rows = [[begin, *self.words.encode(t, add_special_tokens=False).ids[: n - 2], end] for t in texts]
         return np.array([row + [end] * (n - len(row)) for row in rows], np.int64)
 
@@ -1548,11 +1575,17 @@ def find_checkpoint(source):
             "a hub name is owner/name")
 
 
+def first_line(e):
+    return (str(e) or type(e).__name__).splitlines()[0][:120]
+
+
 def read_checkpoint(path):
     """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
     folder = path if path.is_dir() else path.parent
     try:
         config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
+        if not isinstance(config, dict):
+            raise TypeError("config.json holds no names")
         if path.is_file():
             files = [path]
         elif index.is_file():
@@ -1568,7 +1601,7 @@ def read_checkpoint(path):
     except FileNotFoundError as e:
         bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
     except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
-        bad(f"{path}: damaged, or not a checkpoint ({str(e).splitlines()[0][:120]})")
+        bad(f"{path}: damaged, or not a checkpoint ({first_line(e)})")
 
 
 def load_strict(model, tensors, path):
@@ -1604,8 +1637,13 @@ def save(cfg, model, optimizers, tok, step, best):
         write_file(f"{cfg.out}/tok.json", lambda tmp: Path(tmp).write_text(json.dumps(kind)))
         state = dict(config=asdict(cfg), optimizers=states, step=step, best=best)
         write_file(f"{cfg.out}/train_state.pt", lambda tmp: torch.save(state, tmp))
-        for new in Path(cfg.out).rglob("*.safetensors.new"):
+        for new in not_renamed(cfg.out):
             os.replace(new, new.with_suffix(""))
+
+
+def not_renamed(out):
+    """The weights in the run's folder, and in those of unet.py's parts, that save() has written but not renamed."""
+    return [f for part in ("", "unet", "vae", "text_encoder") for f in Path(out, part).glob("*.safetensors.new")]
 
 
 def load_run(out):
@@ -1615,21 +1653,26 @@ def load_run(out):
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for new in Path(out).rglob("*.safetensors.new"):
+        state = {k: state[k] for k in ("config", "optimizers", "step", "best")}
+        for new in not_renamed(out):
             with safe_open(new, "pt") as f:  # a kill between the renames leaves the weights of state's step here
                 if f.metadata()["step"] == str(state["step"]):
                     os.replace(new, new.with_suffix(""))
         return state
     except Exception as e:  # a damaged zip, a foreign pickle, a file that is no dict
-        bad(f"{path}: damaged, or not of this program ({str(e).splitlines()[0][:120]})")
+        bad(f"{path}: damaged, or not of this program ({first_line(e)})")
 
 
 def load_tokenizer(path, vocab):
     """The tokenizer beside a checkpoint; without one the family's, where the vocabulary is its; or None."""
     folder = path if path.is_dir() else path.parent
     if (folder / "tok.json").is_file():
-        kind = json.loads((folder / "tok.json").read_text())
-        return Tokenizer(kind["tok"], kind["chars"])
+        try:
+            kind = json.loads((folder / "tok.json").read_text())
+            kind, chars = kind["tok"], kind["chars"]
+        except (ValueError, KeyError, TypeError) as e:
+            bad(f"{folder / 'tok.json'}: damaged ({first_line(e)})")
+        return Tokenizer(kind, chars)
     if (folder / "tokenizer.json").is_file():
         return Tokenizer(str(folder / "tokenizer.json"))
     return Tokenizer(TOK[vocab]) if vocab in TOK else None
@@ -1740,7 +1783,10 @@ def train(cfg, given, model, tok, state):
                 D, how = sharded(cfg)
                 D.set_optimizer_state_dict(model, o, s, options=how)
             else:
-                o.load_state_dict(s)
+                try:
+                    o.load_state_dict(s)
+                except ValueError as e:
+                    bad(f"--resume: the optimizer's state in {cfg.out} is of other tensors ({first_line(e)})")
         swap(optimizers)  # the weights on the disk are the averages
     run = run if cfg.fsdp or world == 1 else nn.parallel.DistributedDataParallel(run)
     run = torch.compile(run) if cfg.compile else run
@@ -1760,8 +1806,7 @@ def train(cfg, given, model, tok, state):
     log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
     log.writerows([("step", f"{unit}s", "seconds", "loss", "val", "lr", "norm", f"{unit[:3]}_s"), *rows])
     stop, before = [], float(rows[-1][2]) if rows else 0.0
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda *_: stop.append(1))
+    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
     wrong = torch.full((), -1, device=device)  # the first step whose loss or gradient was not finite
     halt = False  # stop, read once a step: a signal that comes later waits for the next
     begun, saved, start, mark = step, step if state else None, time.perf_counter(), (time.perf_counter(), step)
@@ -1820,6 +1865,8 @@ def train(cfg, given, model, tok, state):
             shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
             say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
                 f"{speed:,.0f} {unit[:3]}/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
     if halt:
         say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
     else:
@@ -1846,8 +1893,10 @@ def peak_mb():
 # ----- main (shared) -----
 def main(argv=None):
     preset, given = parse(argv)
-    origin = next((k for k in SOURCES if given.get(k)), None)
-    action = next((k for k in ACTIONS if given.get(k, False) is not False), None)
+    origins, actions = [k for k in SOURCES if given.get(k)], [k for k in ACTIONS if given.get(k, False) is not False]
+    if len(origins) > 1 or len(actions) > 1:
+        bad(f"{' and '.join(map(flag, origins if len(origins) > 1 else actions))}: one at a time")
+    origin, action = next(iter(origins), None), next(iter(actions), None)
     out, model, tok, state = given.get("out", preset["out"]), None, None, None
     if given.get("resume") or action and not origin:
         state, wanted = load_run(out), "resume" if given.get("resume") else action
@@ -1857,6 +1906,9 @@ def main(argv=None):
             bad(f"{flag(wanted)}: {reason}")
         kept = {k: v for k, v in (state or {}).get("config", {}).items()
                 if k in NAMES and k not in {*SOURCES, *ACTIONS, "resume"}}
+        for k in [k for k in (*SIZES, "optim") if given.get("resume") and k in given and k in kept]:
+            if (value := getattr(Config(**{k: given[k]}), k)) != kept[k]:
+                bad(f"{flag(k)} {value}: the run in {out} has {kept[k]}; --init {out} starts another one")
         origin, source, preset = "init", out, preset | kept | dict(out=out)
     else:
         origin = origin or next((k for k in SOURCES if preset.get(k)), None)
@@ -1866,14 +1918,19 @@ def main(argv=None):
                                            if k not in SOURCES and (k in given or k not in SIZES)})
         source = source if isinstance(source, str) else source[0]
         tok = load_tokenizer(find_checkpoint(HUB.get(source, source)), getattr(model.cfg, "vocab", 0))
+        tok = Tokenizer(given["tok"]) if tok and given.get("tok", tok.kind) != tok.kind else tok
         preset |= {k: getattr(model.cfg, k) for k in SIZES}
     cfg = Config(**preset | given)
     if not action:
         return train(cfg, given, model, tok, state if cfg.resume else None)
-    device, _, _ = pick_device(cfg)
-    ACTIONS[action](cfg, model.to(device), tok or (Tokenizer(cfg.tok) if getattr(cfg, "tok", "") else None))
+    device, rank, _ = pick_device(cfg)
+    if rank == 0:
+        ACTIONS[action](cfg, model.to(device), tok or (Tokenizer(cfg.tok) if getattr(cfg, "tok", "") else None))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 # ----- end -----

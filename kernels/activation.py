@@ -48,6 +48,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -391,21 +405,21 @@ if triton is not None:
         x = x.reshape(-1, x.shape[-1])
         return x if x.stride(1) == 1 else x.contiguous()
 
-    @torch.library.custom_op("kernels::gelu", mutates_args=())
+    @custom_op("kernels::gelu", mutates_args=())
     def gelu_op(x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         y = torch.empty_like(x)
         gelu_fwd_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, y, x.numel(), BLOCK=BLOCK)
         return y
 
-    @torch.library.custom_op("kernels::gelu_bwd", mutates_args=())
+    @custom_op("kernels::gelu_bwd", mutates_args=())
     def gelu_bwd_op(x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
         x, dy = x.contiguous(), dy.contiguous()
         dx = torch.empty_like(x)
         gelu_bwd_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, dy, dx, x.numel(), BLOCK=BLOCK)
         return dx
 
-    @torch.library.custom_op("kernels::bias_gelu", mutates_args=())
+    @custom_op("kernels::bias_gelu", mutates_args=())
     def bias_gelu_op(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         x, b = x.contiguous(), b.contiguous()
         y = torch.empty_like(x)
@@ -413,7 +427,7 @@ if triton is not None:
         bias_gelu_fwd_kernel[grid](x, b, y, N, n_cols, **how)
         return y
 
-    @torch.library.custom_op("kernels::bias_gelu_bwd", mutates_args=())
+    @custom_op("kernels::bias_gelu_bwd", mutates_args=())
     def bias_gelu_bwd_op(x: torch.Tensor, b: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, b, dy = x.contiguous(), b.contiguous(), dy.contiguous()
         dx = torch.empty_like(x)
@@ -422,7 +436,7 @@ if triton is not None:
         bias_gelu_bwd_kernel[grid](x, b, dy, dx, part, N, n_cols, **how)
         return dx, part.sum(0).to(b.dtype)
 
-    @torch.library.custom_op("kernels::glu", mutates_args=())
+    @custom_op("kernels::glu", mutates_args=())
     def glu_op(gate: torch.Tensor, up: torch.Tensor, square: bool) -> torch.Tensor:
         y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         gate, up = rows_of(gate), rows_of(up)
@@ -431,7 +445,7 @@ if triton is not None:
             gate, up, y, gate.shape[1], gate.stride(0), up.stride(0), SQUARE=square, BF=bf)
         return y
 
-    @torch.library.custom_op("kernels::glu_bwd", mutates_args=())
+    @custom_op("kernels::glu_bwd", mutates_args=())
     def glu_bwd_op(gate: torch.Tensor, up: torch.Tensor, dy: torch.Tensor, square: bool
                    ) -> tuple[torch.Tensor, torch.Tensor]:
         dy = dy.contiguous()

@@ -53,6 +53,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -229,7 +243,7 @@ if triton is not None:
         tl.store(V + o, tl.maximum(k, 1).to(tl.uint8), mask=mask)
 
     # `step` is a tensor on the CPU that only the body reads: a dry run with fake tensors passes by
-    @torch.library.custom_op("kernels::adamw_", mutates_args=("p", "m", "v"))
+    @custom_op("kernels::adamw_", mutates_args=("p", "m", "v"))
     def adamw_op(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, v: torch.Tensor, step: torch.Tensor,
                  lr: float, b1: float, b2: float, eps: float, weight_decay: float) -> None:
         own, n = (p, g, m, v), p.numel()
@@ -247,7 +261,7 @@ if triton is not None:
 
 
 # A custom op for all forms: its 10 us are little beside such a tensor's step, and a dry run with fake tensors passes by
-@torch.library.custom_op("kernels::adamw8bit_", mutates_args=("p", "m", "m_scale", "v", "v_scale"))
+@custom_op("kernels::adamw8bit_", mutates_args=("p", "m", "m_scale", "v", "v_scale"))
 def adamw8bit_op(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, m_scale: torch.Tensor, v: torch.Tensor,
                  v_scale: torch.Tensor, step: torch.Tensor,
                  lr: float, b1: float, b2: float, eps: float, weight_decay: float) -> None:
@@ -317,7 +331,8 @@ class AdamW(torch.optim.Optimizer):
             torch_adamw(  # updates the lists' tensors, and adds 1 to the steps
                 plain, [p.grad for p in plain], of("exp_avg"), of("exp_avg_sq"), [], of("step"),
                 lr=lr, beta1=b1, beta2=b2, eps=eps, weight_decay=wd, amsgrad=False, maximize=False,
-                fused=all(p.device.type == "cpu" for p in plain))  # fused on a GPU wants step there: "foreach" serves
+                # on a GPU fused wants the step there; None and not False: then foreach serves
+                fused=all(p.device.type == "cpu" for p in plain) or None)
         for p in params:
             if form(p) == "torch":
                 continue

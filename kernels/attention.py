@@ -58,6 +58,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -554,7 +568,7 @@ if triton is not None:
         """A last dimension that is not contiguous is made so; other strides are the kernels' business."""
         return [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
 
-    @torch.library.custom_op("kernels::attention", mutates_args=())
+    @custom_op("kernels::attention", mutates_args=())
     def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float,
                      softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
         """-> o, lse (base 2)."""
@@ -571,7 +585,7 @@ if triton is not None:
     def _(q, k, v, causal, scale, softcap):
         return empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
-    @torch.library.custom_op("kernels::attention_bwd", mutates_args=())
+    @custom_op("kernels::attention_bwd", mutates_args=())
     def attention_bwd_op(do: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, o: torch.Tensor,
                          lse: torch.Tensor, causal: bool, scale: float,
                          softcap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -57,6 +57,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -69,7 +83,8 @@ MKL_IS_SLOW = (torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").
 
 def product(x, w, out=None, add=False):
     """x w^T, x (M, K), w (N, K) -> (M, N): a new tensor, or into out, or added to it. For use in autograd.Functions."""
-    if MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
+    slow = MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel()
+    if slow and not torch.compiler.is_compiling():  # Inductor chooses among its own
         y = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
         return y if out is None else out.add_(y) if add else out.copy_(y)
     return out.addmm_(x, w.t()) if add else torch.mm(x, w.t(), out=out)
@@ -274,7 +289,7 @@ class BitLinear(torch.autograd.Function):
             whs = [quantize_weight_torch(w, scaled=True)[0].to(dtype) for w in weights]
         ctx.save_for_backward(x, g, rstd, xh, *whs)
         ctx.w_dtypes, ctx.shape = [w.dtype for w in weights], shape
-        return tuple(product(xh, wh).view(*shape, -1) for wh in whs)
+        return tuple(product(xh, wh).view(*shape, len(wh)) for wh in whs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -290,7 +305,7 @@ class BitLinear(torch.autograd.Function):
             dx, threads = torch.empty_like(x), torch.get_num_threads()
             dg = rstd.new_empty(threads, x.shape[1])
             call(c.backward, dh, x, g.float().contiguous(), rstd, dx, dg, *x.shape, *is16(dh, x), threads)
-            return dx.view(*ctx.shape, -1), dg.sum(0).to(ctx.g_dtype), None, *dws
+            return dx.view(*ctx.shape, x.shape[-1]), dg.sum(0).to(ctx.g_dtype), None, *dws
         # n = x rstd;  dg = sum over rows of dh n;  dx = rstd (dh g - n mean(dh g n))
         wide = rstd.dtype
         dh, xw = dh.to(wide), x.to(wide)
@@ -298,7 +313,7 @@ class BitLinear(torch.autograd.Function):
         dg = p.t() @ rstd[:, 0]
         c = (p @ g.to(wide)).unsqueeze(1).mul_(rstd**3).div_(-x.shape[1])
         dx = dh.mul_(g.to(wide)).mul_(rstd).addcmul_(xw, c)
-        return dx.to(x.dtype).view(*ctx.shape, -1), dg.to(ctx.g_dtype), None, *dws
+        return dx.to(x.dtype).view(*ctx.shape, x.shape[-1]), dg.to(ctx.g_dtype), None, *dws
 
 
 def packed_linear_torch(x, g, packs, eps):
@@ -317,7 +332,7 @@ def packed_linear_torch(x, g, packs, eps):
                 part = packed[r : r + 256]
                 for j in range(4):
                     y[:, j * R + r :][:, : len(part)] = xq @ ((part >> 2 * j & 3).to(xq.dtype) - 1).t()
-        out.append((y * (a_inv * s)).to(dtype).view(*shape, -1))
+        out.append((y * (a_inv * s)).to(dtype).view(*shape, y.shape[-1]))
     return tuple(out)
 
 
@@ -439,12 +454,14 @@ if triton is not None:
             o_m = (i * BM + tl.arange(0, BM)[:, None]).to(tl.int64)  # [BM, 1]; int64: row * K can pass 2^31
             m_m = o_m < M
             b_x = tl.load(x + o_m * K + o_k, mask=m_m & m_k, other=0.0).to(tl.float32)  # [BM, BK]
-            r = tl.rsqrt(tl.sum(b_x * b_x, 1, keep_dims=True) / K + eps)
+            squares = tl.sum(b_x * b_x, 1, keep_dims=True)
+            r = tl.rsqrt(squares / K + eps)
             b_h = b_x * r * b_g
             top = tl.maximum(tl.max(tl.abs(b_h), 1, keep_dims=True), 1e-5)
             b_q = tl.extra.libdevice.rint(b_h * (127.0 / top))
             tl.store(xq + o_m * K + o_k, b_q.to(tl.int8), mask=m_m & m_k)
-            tl.store(a_inv + o_m, top / 127.0, mask=m_m)
+            inverse = tl.where(squares < float("inf"), top / 127.0, float("nan"))  # integers and a maximum hide a NaN
+            tl.store(a_inv + o_m, inverse, mask=m_m)
             tl.store(rstd + o_m, r, mask=m_m)
 
     # s needs all of W: each program writes a partial sum of |W|, PyTorch adds them in a fixed order.
@@ -509,7 +526,7 @@ if triton is not None:
         tl.store(p_y + 2 * R, acc2.to(tl.float32) * b_a, mask=m)
         tl.store(p_y + 3 * R, acc3.to(tl.float32) * b_a, mask=m)
 
-    @torch.library.custom_op("kernels::rms_norm_quant", mutates_args=())
+    @custom_op("kernels::rms_norm_quant", mutates_args=())
     def rms_norm_quant_op(x: torch.Tensor, g: torch.Tensor, eps: float
                           ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (M, K) -> xq int8, 1 / a (M,), 1 / rms (M,)."""
@@ -525,7 +542,7 @@ if triton is not None:
                                         num_warps=4 if BK <= 1024 else 8 if BK <= 4096 else 16)
         return xq, a_inv, rstd
 
-    @torch.library.custom_op("kernels::quantize_weight", mutates_args=())
+    @custom_op("kernels::quantize_weight", mutates_args=())
     def quantize_weight_op(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         n, programs = w.numel(), 256
         per = triton.cdiv(triton.cdiv(n, programs), 1024) * 1024
@@ -537,7 +554,7 @@ if triton is not None:
         ternary_kernel[(triton.cdiv(n, 1024),)](w, s, wq, n, BLOCK=1024)
         return wq, s
 
-    @torch.library.custom_op("kernels::int8_linear", mutates_args=())
+    @custom_op("kernels::int8_linear", mutates_args=())
     def int8_linear_op(xq: torch.Tensor, a_inv: torch.Tensor, wq: torch.Tensor, s: torch.Tensor,
                        dtype: torch.dtype) -> torch.Tensor:
         (M, K), N = xq.shape, wq.shape[0]
@@ -548,7 +565,7 @@ if triton is not None:
                                                                     num_warps=warps, num_stages=stages)
         return y
 
-    @torch.library.custom_op("kernels::packed_linear", mutates_args=())
+    @custom_op("kernels::packed_linear", mutates_args=())
     def packed_linear_op(xq: torch.Tensor, a_inv: torch.Tensor, packed: torch.Tensor, s: torch.Tensor,
                          dtype: torch.dtype) -> torch.Tensor:
         (M, K), R = xq.shape, packed.shape[0]
@@ -585,7 +602,7 @@ if triton is not None:
             wqs = [quantize_weight_op(w.detach().contiguous()) for w in weights]
             ctx.save_for_backward(x, g, rstd, xq, a_inv, *(t for pair in wqs for t in pair))
             ctx.w_dtypes, ctx.shape = [w.dtype for w in weights], shape
-            return tuple(int8_linear_op(xq, a_inv, wq, s, dtype).view(*shape, -1) for wq, s in wqs)
+            return tuple(int8_linear_op(xq, a_inv, wq, s, dtype).view(*shape, len(wq)) for wq, s in wqs)
 
         @staticmethod
         @torch.autograd.function.once_differentiable
@@ -604,7 +621,7 @@ if triton is not None:
                 n, dh = x * rstd[:, None], dh.float()
                 dx, dg = dh * g, (dh * n).sum(0)
                 dx = rstd[:, None] * (dx - n * (dx * n).mean(1, keepdim=True))
-            return dx.to(x.dtype).view(*ctx.shape, -1), dg.to(g.dtype), None, *dws
+            return dx.to(x.dtype).view(*ctx.shape, x.shape[-1]), dg.to(g.dtype), None, *dws
 
 
 def check(x, g, matrices, columns):
@@ -647,4 +664,4 @@ def packed_linear(x, g, packs, eps=1e-5):
         return packed_linear_torch(x, g, packs, eps)
     dtype, rows = out_dtype(x), x.reshape(-1, x.shape[-1]).contiguous()
     xq, a_inv, _ = rms_norm_quant_op(rows, g, eps)
-    return tuple(packed_linear_op(xq, a_inv, p, s, dtype).view(*x.shape[:-1], -1) for p, s in packs)
+    return tuple(packed_linear_op(xq, a_inv, p, s, dtype).view(*x.shape[:-1], 4 * len(p)) for p, s in packs)

@@ -49,6 +49,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -380,7 +394,7 @@ if triton is not None:
     def side_by_side(x):
         return x if x.stride(2) == 1 else x.contiguous()
 
-    @torch.library.custom_op("kernels::causal_conv1d", mutates_args=())
+    @custom_op("kernels::causal_conv1d", mutates_args=())
     def conv_op(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, initial: torch.Tensor | None,
                 silu: bool) -> torch.Tensor:
         x, w, initial = side_by_side(x), w.contiguous(), None if initial is None else initial.contiguous()
@@ -395,7 +409,7 @@ if triton is not None:
     def _(x, w, b, initial, silu):
         return x.new_empty(x.shape)
 
-    @torch.library.custom_op("kernels::causal_conv1d_bwd", mutates_args=())
+    @custom_op("kernels::causal_conv1d_bwd", mutates_args=())
     def conv_bwd_op(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None,
                     initial: torch.Tensor | None, silu: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> dx, dw with db in a last column (E, W+1) fp32, dinitial (empty without initial)."""

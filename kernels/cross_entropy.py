@@ -33,6 +33,7 @@ must be in device memory: x, w read and N V / 128 fp32 written and read (forward
 written once and read twice (backward). On an RTX 4070 all four products are bound by its tensor cores, not by this.
 cross_entropy: logits read once forward; read once, dlogits written once backward, which is the floor.
 """
+import functools
 import os
 
 import torch
@@ -53,6 +54,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -65,7 +80,8 @@ MKL_IS_SLOW = (torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").
 
 def product(x, w, out=None, add=False):
     """x w^T, x (M, K), w (N, K) -> (M, N): a new tensor, or into out, or added to it. For use in autograd.Functions."""
-    if MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
+    slow = MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel()
+    if slow and not torch.compiler.is_compiling():  # Inductor chooses among its own
         y = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
         return y if out is None else out.add_(y) if add else out.copy_(y)
     return out.addmm_(x, w.t()) if add else torch.mm(x, w.t(), out=out)
@@ -334,7 +350,7 @@ if triton is not None:
                           MEAN=mean, BLOCK=1024, num_warps=8)
         return loss, share
 
-    @torch.library.custom_op("kernels::cross_entropy", mutates_args=())
+    @custom_op("kernels::cross_entropy", mutates_args=())
     def cross_entropy_op(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, z_loss: float,
                          mean: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """loss (), lse (N,), share () of logits (N, V): contiguous."""
@@ -344,7 +360,7 @@ if triton is not None:
         loss, share = reduce_loss(logits, V, 1, lse, targets, V, ignore_index, z_loss, mean)
         return loss, lse, share
 
-    @torch.library.custom_op("kernels::cross_entropy_bwd", mutates_args=())
+    @custom_op("kernels::cross_entropy_bwd", mutates_args=())
     def cross_entropy_bwd_op(g: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor,
                              share: torch.Tensor, ignore_index: int, z_loss: float) -> torch.Tensor:
         N, V = logits.shape
@@ -353,7 +369,7 @@ if triton is not None:
         cross_entropy_bwd_kernel[grid](logits, lse, targets, g, share, dlogits, V, ignore_index, z_loss, **how)
         return dlogits
 
-    @torch.library.custom_op("kernels::linear_cross_entropy", mutates_args=())
+    @custom_op("kernels::linear_cross_entropy", mutates_args=())
     def linear_cross_entropy_op(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, ignore_index: int,
                                 z_loss: float, mean: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """loss (), lse (N,), share () of x (N, C), w (V, C): contiguous."""
@@ -369,7 +385,7 @@ if triton is not None:
         loss, share = reduce_loss(z_t, 1, 0, lse, targets, V, ignore_index, z_loss, mean)
         return loss, lse, share
 
-    @torch.library.custom_op("kernels::linear_cross_entropy_bwd", mutates_args=())
+    @custom_op("kernels::linear_cross_entropy_bwd", mutates_args=())
     def linear_cross_entropy_bwd_op(g: torch.Tensor, x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor,
                                     lse: torch.Tensor, share: torch.Tensor, ignore_index: int, z_loss: float,
                                     need_dx: bool, need_dw: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -377,7 +393,7 @@ if triton is not None:
         (N, C), V = x.shape, w.shape[0]
         (BM, BN), how = tile(x.dtype)
         # 2048 columns at least, as dx's fp32 sum is read and written once a slice. The buffer is then 2048 / C times x.
-        width = min(triton.cdiv(V, BN) * BN, max(2048, SLICE // N // BN * BN))
+        width = min(triton.cdiv(V, BN) * BN, max(2048, SLICE // max(1, N) // BN * BN))
         dz = x.new_empty(N, width)
         dx = torch.empty_like(x) if need_dx else x.new_empty(0)
         dw = torch.empty_like(w) if need_dw else w.new_empty(0)

@@ -29,6 +29,7 @@ that what lies between two products of an expert stays in the cache. The sizes a
 The gated unit is kernels/activation.py's. w2 h is saved too, N K C values: dp from it, and p applied to dy instead of h
 and d, spare four passes over N K F values where bandwidth is scarce.
 """
+import functools
 import os
 
 import torch
@@ -51,6 +52,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -63,7 +78,8 @@ MKL_IS_SLOW = (torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").
 
 def product(x, w, out=None, add=False):
     """x w^T, x (M, K), w (N, K) -> (M, N): a new tensor, or into out, or added to it. For use in autograd.Functions."""
-    if MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
+    slow = MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel()
+    if slow and not torch.compiler.is_compiling():  # Inductor chooses among its own
         y = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
         return y if out is None else out.add_(y) if add else out.copy_(y)
     return out.addmm_(x, w.t()) if add else torch.mm(x, w.t(), out=out)
@@ -314,7 +330,7 @@ if triton is not None:
         combine_kernel[(N, triton.cdiv(C, BC))](y, place, p, out, C, K, BC=BC, num_warps=max(1, BC // 256))
         return out
 
-    @torch.library.custom_op("kernels::expert_mlp", mutates_args=())
+    @custom_op("kernels::expert_mlp", mutates_args=())
     def expert_mlp_op(x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor,
                       act: str, save: bool
                       ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -338,7 +354,7 @@ if triton is not None:
         return (x.new_empty(x.shape), x.new_empty(N * K if save else 0, 2 * f), index, index.new_empty(N, K),
                 index.new_empty(w2.shape[0], dtype=torch.int32))
 
-    @torch.library.custom_op("kernels::expert_mlp_bwd", mutates_args=())
+    @custom_op("kernels::expert_mlp_bwd", mutates_args=())
     def expert_mlp_bwd_op(dy: torch.Tensor, x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, weights: torch.Tensor,
                           gu: torch.Tensor, order: torch.Tensor, place: torch.Tensor, ends: torch.Tensor,
                           act: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -63,6 +63,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -278,17 +292,17 @@ if triton is not None:
             db += dz
         tl.store(DB + i_s.to(tl.int64) * N + o_n, tl.sum(db, 0), mask=m_n)
 
-    @torch.library.custom_op("kernels::matmul", mutates_args=())
+    @custom_op("kernels::matmul", mutates_args=())
     def matmul_op(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return gemm(a, b)[0]
 
-    @torch.library.custom_op("kernels::linear", mutates_args=())
+    @custom_op("kernels::linear", mutates_args=())
     def linear_op(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None,
                   gelu: bool, save: bool) -> tuple[torch.Tensor, torch.Tensor]:
         y, z = gemm(x, w.t(), None if b is None else b.contiguous(), gelu, save)
         return y, x.new_empty(0) if z is None else z
 
-    @torch.library.custom_op("kernels::bias_act_grad", mutates_args=())
+    @custom_op("kernels::bias_act_grad", mutates_args=())
     def bias_act_grad_op(dy: torch.Tensor, z: torch.Tensor, gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
         (M, N), BM, BN = dy.shape, 16, 128
         slices = max(1, min(64, M // 128))  # partial sums, written and read: 3% of dy's bytes in bf16
@@ -384,7 +398,8 @@ MKL_IS_SLOW = (torch.backends.mkldnn.is_available() and CPU.get("cpu_name", "").
 
 def product(x, w, out=None, add=False):
     """x w^T, x (M, K), w (N, K) -> (M, N): a new tensor, or into out, or added to it. For use in autograd.Functions."""
-    if MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel():
+    slow = MKL_IS_SLOW and x.is_cpu and x.dtype == w.dtype == torch.float32 and x.numel()
+    if slow and not torch.compiler.is_compiling():  # Inductor chooses among its own
         y = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
         return y if out is None else out.add_(y) if add else out.copy_(y)
     return out.addmm_(x, w.t()) if add else torch.mm(x, w.t(), out=out)
@@ -434,17 +449,19 @@ def rows(x, w, b):
     rows first. Generation's one row without gradients has to wait for the weights: a loop in C reads them once from
     end to end, at the rate of the memory, where MKL and oneDNN take several rows at once, at up to half of it."""
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b))
-    if x.is_cpu and x.numel() and torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or not x.is_cpu or not x.numel():  # Inductor chooses among its own products
+        return F.linear(x, w, b)
+    if torch.is_autocast_enabled("cpu"):
         narrow = torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.dtype != torch.float64
         if ONEDNN_BF16 and b is not None and narrow:
             x, w, b = (t.bfloat16() for t in (x, w, b))
             with torch.autocast("cpu", enabled=False):
                 return OneDNN.apply(x, w, b) if wanted else onednn(x, w, b)
-    elif x.is_cpu and x.numel():
+    else:
         alike = x.dtype == w.dtype and (b is None or b.dtype == w.dtype and b.is_contiguous())
         if x.numel() == x.shape[-1] and not wanted and alike and x.dtype in (torch.float32, torch.bfloat16):
             fits = x.stride(-1) == 1 and w.numel() and (w.is_contiguous() or w.t().is_contiguous())
-            if fits and not torch.compiler.is_compiling() and compiled(SOURCE):
+            if fits and compiled(SOURCE):
                 return vector(x, w, b)
         if MKL_IS_SLOW and x.dtype == w.dtype == torch.float32:
             return OneDNN.apply(x, w, b) if wanted else onednn(x, w, b)

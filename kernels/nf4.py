@@ -22,6 +22,7 @@ Triton form: the levels come from 15 selects in registers, the scales of the blo
                  bound by its FLOPs from about 250 rows on. Backward: the same with dy. Saved: q and nothing else.
 FLOPs: 2 M N K a product. Results repeat bit for bit: no atomics.
 """
+import functools
 import os
 
 import torch
@@ -42,6 +43,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -216,7 +231,7 @@ if triton is not None:
 
     BB = 32  # blocks of 64 a program of quantize and dequantize takes
 
-    @torch.library.custom_op("kernels::quantize_nf4", mutates_args=())
+    @custom_op("kernels::quantize_nf4", mutates_args=())
     def quantize_op(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """-> packed (n / 2, 1), absmax (n / 64) fp32."""
         n, levels = w.numel(), table("levels", w.device)
@@ -225,7 +240,7 @@ if triton is not None:
         quantize_kernel[(triton.cdiv(n, 64 * BB),)](w, (levels[:-1] + levels[1:]) / 2, packed, absmax, n, BB=BB)
         return packed, absmax
 
-    @torch.library.custom_op("kernels::dequantize_nf4", mutates_args=())
+    @custom_op("kernels::dequantize_nf4", mutates_args=())
     def dequantize_op(packed: torch.Tensor, absmax: torch.Tensor, nested: torch.Tensor | None,
                       offset: torch.Tensor | None, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
         w = torch.empty(shape, dtype=dtype, device=packed.device)
@@ -234,7 +249,7 @@ if triton is not None:
                                                       BB=BB)
         return w
 
-    @torch.library.custom_op("kernels::nf4_linear", mutates_args=())
+    @custom_op("kernels::nf4_linear", mutates_args=())
     def linear_op(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, nested: torch.Tensor | None,
                   offset: torch.Tensor | None, N: int) -> torch.Tensor:
         """x (M, K) contiguous -> (M, N)."""

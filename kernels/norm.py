@@ -64,6 +64,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -399,7 +413,7 @@ if triton is not None:
         grid = (max(1, min(2 * sm, triton.cdiv(M, max(rows, BM)))),)
         return M, C, grid, dict(BM=BM, BC=BC, STAGES=stages, num_warps=warps)
 
-    @torch.library.custom_op("kernels::norm", mutates_args=())
+    @custom_op("kernels::norm", mutates_args=())
     def norm_op(x: torch.Tensor, r: torch.Tensor | None, w: torch.Tensor, b: torch.Tensor | None, eps: float,
                 center: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> y, s (empty without r), stats (rstd; with center also mean) for backward."""
@@ -416,7 +430,7 @@ if triton is not None:
         return y, y.new_empty(0) if r is None else torch.empty_like(y), x.new_empty(
             1 + center, x.numel() // x.shape[-1], dtype=torch.float32)
 
-    @torch.library.custom_op("kernels::norm_bwd", mutates_args=())
+    @custom_op("kernels::norm_bwd", mutates_args=())
     def norm_bwd_op(dy: torch.Tensor, ds: torch.Tensor | None, x: torch.Tensor, w: torch.Tensor, stats: torch.Tensor,
                     bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """-> dx (x is s after an add), and dw with db below it: (1 or 2, C) fp32."""
@@ -603,7 +617,7 @@ if triton is not None:
         per = max(1, min(triton.cdiv(2 * sm, max(1, B)), triton.cdiv(T, max(rows, config["BM"]))))
         return B * T, T, C, (per, B), config
 
-    @torch.library.custom_op("kernels::modulate", mutates_args=())
+    @custom_op("kernels::modulate", mutates_args=())
     def modulate_op(x: torch.Tensor, r: torch.Tensor | None, gate: torch.Tensor | None, shift: torch.Tensor,
                     scale: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> y, s (empty without r), stats (rstd, mean) for backward."""
@@ -623,7 +637,7 @@ if triton is not None:
         return (y, y.new_empty(0) if r is None else torch.empty_like(y),
                 x.new_empty(2, x.shape[0] * x.shape[1], dtype=torch.float32))
 
-    @torch.library.custom_op("kernels::modulate_bwd", mutates_args=())
+    @custom_op("kernels::modulate_bwd", mutates_args=())
     def modulate_bwd_op(dy: torch.Tensor, ds: torch.Tensor | None, s: torch.Tensor, r: torch.Tensor | None,
                         gate: torch.Tensor | None, scale: torch.Tensor, stats: torch.Tensor
                         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -912,7 +926,7 @@ if triton is not None:
         BP = BP if one else max(1, 2048 // BC)
         return CG, P, dict(LAST=last(x), ONE=one, BC=BC, BP=BP, num_warps=8 if BC * BP >= 2048 else 4)
 
-    @torch.library.custom_op("kernels::group_norm_silu", mutates_args=())
+    @custom_op("kernels::group_norm_silu", mutates_args=())
     def group_norm_op(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, groups: int, eps: float, silu: bool
                       ) -> tuple[torch.Tensor, torch.Tensor]:
         """-> y, stats (rstd, mean) for backward."""
@@ -926,7 +940,7 @@ if triton is not None:
     def _(x, w, b, groups, eps, silu):
         return torch.empty_like(x), x.new_empty(2, x.shape[0] * groups, dtype=torch.float32)
 
-    @torch.library.custom_op("kernels::group_norm_silu_bwd", mutates_args=())
+    @custom_op("kernels::group_norm_silu_bwd", mutates_args=())
     def group_norm_bwd_op(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, stats: torch.Tensor,
                           groups: int, silu: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """-> dx, and dw with db below it: (2, C) fp32."""

@@ -65,6 +65,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -516,7 +530,7 @@ if triton is not None:
         """A last dimension that is not contiguous is made so; other strides are the kernel's business."""
         return [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
 
-    @torch.library.custom_op("kernels::retention", mutates_args=())
+    @custom_op("kernels::retention", mutates_args=())
     def retention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor,
                      initial: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """-> o, final."""
@@ -530,7 +544,7 @@ if triton is not None:
     def _(q, k, v, log_decay, initial):
         return v.new_empty(v.shape), v.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
 
-    @torch.library.custom_op("kernels::retention_bwd", mutates_args=())
+    @custom_op("kernels::retention_bwd", mutates_args=())
     def retention_bwd_op(do: torch.Tensor, dfinal: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor,
                          v: torch.Tensor, log_decay: torch.Tensor, initial: torch.Tensor | None
                          ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -597,7 +611,7 @@ if triton is not None:
         BM = max(1, 1024 // BV)
         return M, V, (triton.cdiv(M, BM),), dict(BM=BM, BV=BV, num_warps=4 if BV <= 1024 else 8)
 
-    @torch.library.custom_op("kernels::gated_norm", mutates_args=())
+    @custom_op("kernels::gated_norm", mutates_args=())
     def gated_norm_op(o: torch.Tensor, z: torch.Tensor, eps: float) -> torch.Tensor:
         M, V, grid, how = row_config(o)
         y = o.new_empty(o.shape)
@@ -608,7 +622,7 @@ if triton is not None:
     def _(o, z, eps):
         return o.new_empty(o.shape)
 
-    @torch.library.custom_op("kernels::gated_norm_bwd", mutates_args=())
+    @custom_op("kernels::gated_norm_bwd", mutates_args=())
     def gated_norm_bwd_op(dy: torch.Tensor, o: torch.Tensor, z: torch.Tensor, eps: float
                           ) -> tuple[torch.Tensor, torch.Tensor]:
         M, V, grid, how = row_config(o)

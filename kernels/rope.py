@@ -43,6 +43,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -240,7 +254,7 @@ if triton is not None:
                 tl.store(p_y + o_d, b_1 * b_cos - b_2 * b_sin, mask=m & (o_d < D2))
                 tl.store(p_y + D2 + o_d, b_2 * b_cos + b_1 * b_sin, mask=m & (o_d < D2))
 
-    @torch.library.custom_op("kernels::rope", mutates_args=())
+    @custom_op("kernels::rope", mutates_args=())
     def rope_op(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool,
                 inverse: bool) -> torch.Tensor:
         x = x if x.stride(3) == 1 else x.contiguous()
@@ -248,7 +262,8 @@ if triton is not None:
         BH, BD = triton.next_power_of_2(H), triton.next_power_of_2(D // 2)
         BT = max(1, 2048 // (BH * BD))
         n_t = triton.cdiv(T, BT)
-        n_b = max(1, min(B, 2 * 46 // n_t))  # > 1 if T alone does not give each multiprocessor (46: an RTX 4070) two
+        # above 1 if T alone does not give each multiprocessor (46: an RTX 4070) two
+        n_b = max(1, min(B, 2 * 46 // max(1, n_t)))
         rope_kernel[(n_t, n_b)](
             x, cos.contiguous(), sin.contiguous(), y, x.stride()[:3], B, T, H, D // 2, INVERSE=inverse,
             INTERLEAVED=interleaved, BT=BT, BH=BH, BC=1 if cos.ndim == 2 else BH, BD=BD, num_warps=4)

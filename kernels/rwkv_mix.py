@@ -21,7 +21,7 @@ results autocast turns into bf16 later.
 
 Bytes, E per element, n = B T C: token_shift with M mixes reads n and writes M n forward (h_{t-1} is the row before, in
 the cache); backward reads (1 + M) n and writes n; gates 7 and 10 n, readout 6 and 11 n, squared_relu 2 and 3 n: the
-floor. Parameters' gradients: one fp32 row for every 128 tokens, summed in a fixed order.
+floor. Parameters' gradients: one fp32 row for every 128 tokens (token_shift: 16), summed in a fixed order.
 """
 import contextlib
 import ctypes
@@ -54,6 +54,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -707,7 +721,7 @@ if triton is not None:
         o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         b_x = load(x, o, o < n)
         if dy is None:
-            b_x = tl.maximum(b_x, 0.0)
+            b_x = tl.where(b_x < 0, 0.0, b_x)  # a maximum would hide a NaN
             b_x *= b_x
         else:
             b_x = 2 * tl.sqrt(b_x) * load(dy, o, o < n)
@@ -727,14 +741,14 @@ if triton is not None:
 
     Tensors = list[torch.Tensor]
 
-    @torch.library.custom_op("kernels::token_shift", mutates_args=())
+    @custom_op("kernels::token_shift", mutates_args=())
     def token_shift_op(h: torch.Tensor, last: torch.Tensor | None, mus: Tensors, narrow: bool) -> Tensors:
         grid, how = shift_grid(h)
         xs = [torch.empty_like(h, dtype=torch.bfloat16 if narrow else h.dtype) for _ in mus]
         shift_fwd_kernel[grid](h, last, tuple(mus), tuple(xs), *h.shape[1:], M=len(mus), **how)
         return xs
 
-    @torch.library.custom_op("kernels::token_shift_bwd", mutates_args=())
+    @custom_op("kernels::token_shift_bwd", mutates_args=())
     def token_shift_bwd_op(h: torch.Tensor, last: torch.Tensor | None, mus: Tensors, dxs: Tensors) -> Tensors:
         """-> dh, and (M, C) of all mus."""
         grid, how = shift_grid(h)
@@ -742,7 +756,7 @@ if triton is not None:
         shift_bwd_kernel[grid](h, last, tuple(mus), tuple(dxs), dh, dmu, *h.shape[1:], M=len(mus), **how)
         return [dh, dmu.sum(1)]
 
-    @torch.library.custom_op("kernels::rwkv_gates", mutates_args=())
+    @custom_op("kernels::rwkv_gates", mutates_args=())
     def gates_op(k: torch.Tensor, w: torch.Tensor, a: torch.Tensor, k_k: torch.Tensor, k_a: torch.Tensor,
                  N: int) -> Tensors:
         grid, sizes, how = head_grid(k, N)
@@ -750,7 +764,7 @@ if triton is not None:
         gates_fwd_kernel[grid](k, w, a, k_k, k_a, *outs, *sizes, FASTEST=FASTEST, **how)
         return outs
 
-    @torch.library.custom_op("kernels::rwkv_gates_bwd", mutates_args=())
+    @custom_op("kernels::rwkv_gates_bwd", mutates_args=())
     def gates_bwd_op(k: torch.Tensor, w: torch.Tensor, a: torch.Tensor, k_k: torch.Tensor, k_a: torch.Tensor, N: int,
                      douts: Tensors) -> Tensors:
         """-> dk, dw, da, and (2, C) for k_k and k_a."""
@@ -759,7 +773,7 @@ if triton is not None:
         gates_bwd_kernel[grid](k, w, a, k_k, k_a, *douts, *grads, dparams, R, C, FASTEST=FASTEST, **how)
         return [*grads, dparams.sum(1)]
 
-    @torch.library.custom_op("kernels::rwkv_readout", mutates_args=())
+    @custom_op("kernels::rwkv_readout", mutates_args=())
     def readout_op(y: torch.Tensor, r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor,
                    rho: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         grid, sizes, how = head_grid(g, rho.shape[1])
@@ -767,7 +781,7 @@ if triton is not None:
         readout_fwd_kernel[grid](y, r, k, v, g, rho, weight, bias, out, *sizes, EPS=EPS, **how)
         return out
 
-    @torch.library.custom_op("kernels::rwkv_readout_bwd", mutates_args=())
+    @custom_op("kernels::rwkv_readout_bwd", mutates_args=())
     def readout_bwd_op(y: torch.Tensor, r: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor,
                        rho: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dout: torch.Tensor) -> Tensors:
         """-> dy, dr, dk, dv, dg, and (3, C) for rho, weight and bias."""
@@ -777,7 +791,7 @@ if triton is not None:
         readout_bwd_kernel[grid](y, r, k, v, g, rho, weight, bias, dout, *grads, dparams, R, C, EPS=EPS, **how)
         return [*grads, dparams.sum(1)]
 
-    @torch.library.custom_op("kernels::squared_relu", mutates_args=())
+    @custom_op("kernels::squared_relu", mutates_args=())
     def squared_relu_op(x: torch.Tensor, dy: torch.Tensor | None) -> torch.Tensor:
         """max(x, 0)^2; with dy, x being that square: the gradient of what it is the square of."""
         out = x.new_empty(x.shape)

@@ -54,6 +54,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -646,7 +660,7 @@ if triton is not None:
     def strides(t):
         return (0, 0) if t is None else t.stride()[:2]
 
-    @torch.library.custom_op("kernels::selective_scan", mutates_args=())
+    @custom_op("kernels::selective_scan", mutates_args=())
     def scan_op(u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
                 D: torch.Tensor | None, z: torch.Tensor | None, dt_bias: torch.Tensor | None,
                 initial: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -667,7 +681,7 @@ if triton is not None:
         new = lambda *shape: u.new_empty(shape, dtype=torch.float32)
         return u.new_empty(u.shape), new(batch, E, N), new(batch, max(0, T - 1) // EVERY, N, E)
 
-    @torch.library.custom_op("kernels::selective_scan_bwd", mutates_args=())
+    @custom_op("kernels::selective_scan_bwd", mutates_args=())
     def scan_bwd_op(dy: torch.Tensor, dfinal: torch.Tensor | None, u: torch.Tensor, dt: torch.Tensor, A: torch.Tensor,
                     B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None, z: torch.Tensor | None,
                     dt_bias: torch.Tensor | None, initial: torch.Tensor | None, saved: torch.Tensor
@@ -686,7 +700,7 @@ if triton is not None:
             T, E, N, *map(strides, (dy, u, dt, B, C, z)), **how)
         empty = u.new_empty(0)
         return [du, ddt, empty if dz is None else dz, dB.sum(0).to(B.dtype), dC.sum(0).to(C.dtype), dA.sum(0),
-                dvec.sum(1), empty.float() if dinitial is None else dinitial]
+                dvec.sum(1), new(0) if dinitial is None else dinitial]  # no two of them are one tensor
 
     @scan_bwd_op.register_fake
     def _(dy, dfinal, u, dt, A, B, C, D, z, dt_bias, initial, saved):

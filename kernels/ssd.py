@@ -61,6 +61,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -768,7 +782,7 @@ if triton is not None:
 
     BT_FWD, BT_BWD = 32, 16  # tokens a chunk in 16 bits; fp32: 16; both backward kernels the same: off belongs to dc
 
-    @torch.library.custom_op("kernels::ssd", mutates_args=())
+    @custom_op("kernels::ssd", mutates_args=())
     def ssd_op(x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor,
                D: torch.Tensor | None, initial: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """-> y, final."""
@@ -785,7 +799,7 @@ if triton is not None:
     def _(x, dt, A, B, C, D, initial):
         return x.new_empty(x.shape), x.new_empty(x.shape[0], *x.shape[2:], B.shape[3], dtype=torch.float32)
 
-    @torch.library.custom_op("kernels::ssd_bwd", mutates_args=())
+    @custom_op("kernels::ssd_bwd", mutates_args=())
     def ssd_bwd_op(dy: torch.Tensor, dfinal: torch.Tensor | None, x: torch.Tensor, dt: torch.Tensor, A: torch.Tensor,
                    B: torch.Tensor, C: torch.Tensor, D: torch.Tensor | None, initial: torch.Tensor | None
                    ) -> list[torch.Tensor]:

@@ -62,6 +62,20 @@ def form(x):
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
     return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+
+
+def custom_op(name, mutates_args=()):
+    """torch.library.custom_op, run on the GPU of its first tensor: Triton launches on whichever is the current one."""
+    def register(f):
+        @functools.wraps(f)
+        def run(*args):
+            flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if torch.is_tensor(t))
+            with torch.cuda.device_of(next(flat)):
+                return f(*args)
+
+        return torch.library.custom_op(name, run, mutates_args=mutates_args)
+
+    return register
 # ----- end -----
 
 
@@ -210,7 +224,7 @@ def prepare(r, w, k, a, b):
     q, p = (c.new_empty(n, B, H, 2, L, N) for _ in "qp")
     for x, factor, out in ((a, before, q[..., 0, :, :]), (r, up, q[..., 1, :, :]),
                            (k, down, p[..., 0, :, :]), (b, down, p[..., 1, :, :])):
-        torch.mul(x, factor, out=out)
+        out.copy_(x * factor)
     q, p = (x.view(n, B * H, 2 * L, N) for x in (q, p))
     A = (q @ p.mT).mul_(past(L, q))
     return q, p, A, inverse(A[..., :L, L:]), m.exp().view(n, B * H, 1, N), before, up, down
@@ -241,7 +255,7 @@ class WKV7(torch.autograd.Function):
                     start[i] = S
                     S = S * half[i]
                     zy[i].baddbmm_(q[i], S.mT)
-                    torch.bmm(M[i], zy[i, :, :L], out=vu[i, :, L:])
+                    vu[i, :, L:] = M[i] @ zy[i, :, :L]
                     S = S.baddbmm_(vu[i].mT, p[i]).mul_(half[i])
                 y_ = zy[:, :, L:] + A[:, :, L:, L:] @ vu[:, :, L:]
                 tiles(y, t, n, L).copy_(y_.view(r_.shape))
@@ -275,7 +289,7 @@ class WKV7(torch.autograd.Function):
                 for i in reversed(range(n)):
                     torch.mul(dS, half[i], out=dstart[i])
                     du[i].baddbmm_(p[i, :, L:], dstart[i].mT)
-                    torch.bmm(M[i].mT, du[i], out=D[i, :, :L])
+                    D[i, :, :L] = M[i].mT @ du[i]
                     dS = torch.baddbmm(dstart[i], D[i].mT, q[i]).mul_(half[i])
                 dA = (D @ vu.mT).mul_(past(L, D))
                 dq = (D @ S).add_(dA @ p)
@@ -638,7 +652,7 @@ if triton is not None:
         warps = 8 if BN == 64 and r.dtype == torch.float32 else 4
         return dict(N=N, BN=BN, BT=TILE, LOG=TILE.bit_length() - 1, num_warps=warps, num_stages=1)
 
-    @torch.library.custom_op("kernels::wkv7", mutates_args=())
+    @custom_op("kernels::wkv7", mutates_args=())
     def wkv7_op(r: torch.Tensor, w: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
                 initial: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> y, final, and the states before each chunk (B, H, chunks, N, N) for backward."""
@@ -656,7 +670,7 @@ if triton is not None:
         final = r.new_empty(B, H, N, N, dtype=torch.float32)
         return r.new_empty(r.shape), final, r.new_empty(B, H, (T + TILE - 1) // TILE, N, N)
 
-    @torch.library.custom_op("kernels::wkv7_bwd", mutates_args=())
+    @custom_op("kernels::wkv7_bwd", mutates_args=())
     def wkv7_bwd_op(dy: torch.Tensor, dfinal: torch.Tensor | None, r: torch.Tensor, w: torch.Tensor, k: torch.Tensor,
                     v: torch.Tensor, a: torch.Tensor, b: torch.Tensor, states: torch.Tensor, initial: bool
                     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,

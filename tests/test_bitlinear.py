@@ -269,3 +269,16 @@ def test_registration(monkeypatch):
         L.bit_linear(x, g, [ws[1][:, 1:]])
     with pytest.raises(ValueError, match="at most 16384"):
         L.bit_linear(torch.empty(1, 16385), torch.empty(16385), [torch.empty(4, 16385)])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_so(bad):
+    """A run that diverges shows it: integers would hide it, and so would a maximum on a GPU."""
+    x, g, (w,) = inputs((3,), 64, [40], torch.float32)
+    x[1, 5] = bad
+    pack = L.pack(L.quantize_weight(w)[0]), L.quantize_weight(w)[1]
+    for op in (lambda: L.bit_linear(x, g, [w])[0], lambda: L.packed_linear(x, g, [pack])[0]):
+        plain = op()
+        with K.triton_form():
+            for y in (plain, op()):
+                assert y[1].isnan().all() and y[[0, 2]].isfinite().all()

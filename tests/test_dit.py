@@ -358,14 +358,68 @@ def test_alone(tmp_path):
     ("--features 7", "must have features"),
     ("--cond class --classes 1", "--classes 1: --data"),
     ("--sample red", "no run in"),
+    ("--number 0", "--number 0: must be positive"),
+    ("--sample-steps 0", "--sample-steps 0: must be positive"),
+    ("--vae no/where/x", "dit.py: no/where/x"),
     ("--steps 0", "--steps 0: must be positive"),
 ])  # fmt: skip
-def test_bad_input(tmp_path, pictures, capsys, flags, words):
+def test_bad_input(tmp_path, pictures, capsys, monkeypatch, flags, words):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     data = [] if "--data" in flags else ["--data", pictures]
     with pytest.raises(SystemExit) as e:
         dit.main([*RUN, "--patch", "2", *data, "--out", str(tmp_path / "o"), *flags.split()])
     said = capsys.readouterr().err.strip()
     assert e.value.code == 2 and words in said and said.count("\n") == 0
+
+
+def test_a_vae_of_other_channels(tmp_path, pictures, capsys):
+    """Before anything is drawn, in training and sampling; one that fits decodes."""
+    import unet
+
+    args = [*RUN, "--patch", "2", "--steps", "1", "--eval-iters", "1", "--number", "1", "--sample-steps", "1"]
+    out, vae = str(tmp_path / "o"), str(tmp_path / "vae")
+    unet.VAE(unet.Config(vae_widths=[8, 8], vae_layers=1, groups=4, stage="vae")).save_pretrained(vae)
+    dit.main([*args, "--data", pictures, "--out", out])
+    for call in ([*args, "--data", pictures, "--out", out], ["--sample", "all red", "--out", out]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            dit.main([*call, "--vae", vae])
+        err = capsys.readouterr().err
+        said = f"dit.py: --vae {vae}: its latents have 4 channels, what this model draws has 3\n"
+        assert e.value.code == 2 and err == said
+    np.savez(tmp_path / "l.npz", latents=np.zeros((4, 4, 8, 8), np.float32), captions=np.array(["a"] * 4))
+    dit.main([*args, "--data", str(tmp_path / "l.npz"), "--vae", vae, "--out", str(tmp_path / "l")])
+    assert "final val loss" in capsys.readouterr().out
+    assert not any("vae" in k for k in load_file(tmp_path / "l" / "model.safetensors"))
+
+
+def test_captions_that_are_no_utf_8():
+    """Half a surrogate pair, as JSON and the shell can give it."""
+    tok = dit.Tokenizer("byte")
+    assert tok.decode(tok.encode(["a \udcff b\ud800"], 9)[0]) == "a ? b?"
+
+
+@pytest.mark.parametrize("cond, arrays, words", [
+    ("class", dict(labels=np.array([0, 1, -1, -1])), "its labels (int64, -1 to"),
+    ("class", dict(labels=np.array([0, 1.5, 1, 0])), "its labels (float64, 0.0 to 1.5) must be texts"),
+    ("class", dict(labels=np.zeros((4, 2), int)), "its labels (int64, 0 to 0) must be"),
+    ("class", dict(labels=np.full((4, 2), "a")), "its labels (<U1) must be"),
+    ("class", dict(labels=np.array(3)), "1 labels for 4 images"),
+    ("text", dict(captions=np.arange(4)), "its captions (int64) must be texts, one for each picture"),
+    ("class", dict(labels=np.array([b"red", b"blue"] * 2)), None),
+    ("text", dict(captions=np.array([b"red", b"blue"] * 2), labels=np.array([-1.0] * 4)), None),
+])  # fmt: skip
+def test_arrays_of_conditions(tmp_path, capsys, cond, arrays, words):
+    np.savez(tmp_path / "a.npz", images=np.zeros((4, 8, 8, 3), np.uint8), **arrays)
+    cfg = Config(data=str(tmp_path / "a.npz"), cond=cond)
+    if words is None:
+        train, _, tok = dit.load_data(cfg, {}, None)
+        assert tok.chars == ["blue", "red"] if cond == "class" else tok.decode(train.cond[0]) in ("red", "blue")
+        return
+    with pytest.raises(SystemExit) as e:
+        dit.load_data(cfg, {}, None)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and words in err and err.count("\n") == 1
 
 
 def test_bad_arrays(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """gpt2.py against transformers' GPT-2, against itself in every form, and as a program: started, stopped, misused."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -162,7 +163,7 @@ def test_draw():
 
     assert (drawn() == {0, 1, 2, 3} and drawn(top_k=2) == {2, 3}
             and drawn(top_p=0.5) == {2, 3} and drawn(top_p=0.3) == {3})
-    assert gpt2.draw(logits, Config(temp=0), g).item() == 3
+    assert gpt2.draw(logits, Config(temp=0), g).item() == gpt2.draw(logits, Config(temp=1e-40), g).item() == 3
 
 
 def test_official_sizes():
@@ -348,7 +349,15 @@ def test_stops_on_a_signal(tmp_path, text):
             break
     rest = p.stdout.read()
     assert p.wait(timeout=60) == 0 and "stopped after step" in rest and "Traceback" not in rest
-    assert gpt2.load_run(out)["step"] >= 3
+    done = gpt2.load_run(out)["step"]
+    assert done >= 3
+    p = start(["--resume", "--steps", str(done + 1), "--tokens", "1000000", "--out", out])
+    for line in p.stdout:
+        if line.startswith("final val loss"):  # what follows is the sample: Ctrl-C ends it
+            p.send_signal(signal.SIGINT)
+            break
+    rest = p.stdout.read()
+    assert p.wait(timeout=60) == 130 and "Traceback" not in rest and gpt2.load_run(out)["step"] == done + 1
 
 
 def test_loss_that_is_not_finite(tmp_path, text):
@@ -466,13 +475,20 @@ def test_tokenizers(tmp_path, capsys):
 
 
 def test_jsonl(tmp_path):
+    """A line ends at a newline and nowhere else; splitlines() would cut at U+2028, which JSON allows in a string."""
     path = tmp_path / "t.jsonl"
-    path.write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(50)))
+    lines = [json.dumps({"text": f"line {i}\u2028"}, ensure_ascii=False) for i in range(50)]
+    path.write_text("".join(line + "\n" for line in lines))
     train, val, tok = gpt2.load_data(Config(seq=8, data=str(path)), {}, None)
-    assert tok.decode(train.windows([0])[0][0]) == "line 0\nl"
+    assert tok.decode(train.windows([0])[0][0]) == "line 0\u2028\n"
 
 
 # ---------------------------------------------------------------- misuse
+def pickled(x):
+    torch.save(x, file := io.BytesIO())
+    return file.getvalue()
+
+
 def bad_inputs(tmp, text):
     (tmp / "latin.txt").write_bytes(b"caf\xe9 " * 100)
     (tmp / "no_text.jsonl").write_text('{"a": 1}\n')
@@ -481,7 +497,20 @@ def bad_inputs(tmp, text):
     (tmp / "broken" / "train_state.pt").write_bytes(b"PK nonsense")
     (tmp / "big").mkdir()
     np.full(4000, 60000, dtype=np.uint16).tofile(tmp / "big" / "train.bin")
+    for name, words in dict(odd=b"abc", only_test=b"abcd").items():
+        (tmp / name).mkdir()
+        (tmp / name / ("test.bin" if "test" in name else "train.bin")).write_bytes(words)
+    for name, state in dict(empty=b"", list=pickled([]), foreign=pickled({"a": 1})).items():
+        (tmp / name).mkdir()
+        (tmp / name / "train_state.pt").write_bytes(state)
     d = ["--data", text]
+    yield ["--tok", "byte", "--data", str(tmp / "odd")], "3 bytes are no whole number of tokens"
+    yield ["--tok", "byte", "--data", str(tmp / "only_test")], "only val and test shards"
+    yield ["--resume", "--out", str(tmp / "empty")], "train_state.pt: damaged"
+    yield ["--resume", "--out", str(tmp / "list")], "train_state.pt: damaged"
+    yield ["--resume", "--out", str(tmp / "foreign")], "train_state.pt: damaged"
+    yield ["--out", "", *d], "--out: its value is empty"
+    yield ["--seed", "9" * 25, *d], "must be below 2^63"
     yield ["--preset", "huge"], "--preset huge: one of cpu, gpu"
     yield ["--dim", "30", "--heads", "4", *d], "--heads 4: --dim 30 must be divisible"
     yield ["--batch", "0"], "--batch 0: must be positive"
@@ -532,7 +561,11 @@ def test_wrong_use_of_a_run(tmp_path, text, capsys):
     other = tmp_path / "other.txt"
     other.write_text("ABC" * 1000)
     for args, said in (
-        (["--resume", "--dim", "64", "--out", out], "but"),
+        (["--resume", "--dim", "64", "--out", out], "the run in"),
+        (["--resume", "--heads", "1", "--out", out], "--heads 1: the run in"),
+        (["--resume", "--optim", "adamw8bit", "--out", out], "--optim adamw8bit: the run in"),
+        (["--init", out, "--tok", "byte", "--data", text], "the tokenizer byte has 256"),
+        (["--sample", "\ud83d", "--out", out], "is not in the training text"),
         (["--resume", "--data", str(other), "--out", out], "is not in the training text"),
         (["--sample", "\u00e9", "--out", out], "is not in the training text"),
         (["--sample", "", "--out", out], "--sample: the text is empty"),
@@ -541,6 +574,19 @@ def test_wrong_use_of_a_run(tmp_path, text, capsys):
             gpt2.main(args)
         err = capsys.readouterr().err
         assert e.value.code == 2 and said in err and err.count("\n") == 1, (args, err)
+    for damaged in ("[]", "{", '{"tok": "char"}'):
+        Path(out, "tok.json").write_text(damaged)
+        with pytest.raises(SystemExit) as e:
+            gpt2.main(["--sample", "a", "--out", out])
+        assert e.value.code == 2 and "tok.json: damaged" in capsys.readouterr().err
+
+
+def test_another_run_inside(tmp_path):
+    """What a run in a folder below has written and not renamed is not this run's."""
+    for folder in (tmp_path, tmp_path / "unet", tmp_path / "other"):
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors.new").touch()
+    assert {f.parent for f in gpt2.not_renamed(tmp_path)} == {tmp_path, tmp_path / "unet"}
 
 
 def test_no_network_trains_on_stdlib(tmp_path):

@@ -1,5 +1,6 @@
 """What every language model file does as a program, whatever its architecture; test_gpt2.py goes deeper."""
 
+import importlib
 import shutil
 from pathlib import Path
 
@@ -74,3 +75,18 @@ def test_alone(tmp_path, text, file):
     finish(start(["--resume", "--out", "o", "--steps", "6"], name, cwd=tmp_path))
     out = finish(start(["--sample", "3 times", "--out", "o", "--tokens", "10"], name, cwd=tmp_path))
     assert out.startswith("3 times") and "bytes of state" in out
+
+
+def test_compiles(file):
+    """torch.compile sees one graph (not in moe.py, whose CPU form asks for counts), which gives the same gradients."""
+    name, small, _ = file
+    module = importlib.import_module(name.removesuffix(".py"))
+    torch.manual_seed(0)
+    model = module.Model(module.Config(**module.parse(small)[1] | dict(vocab=50, layers=1)))
+    compiled = torch.compile(model, fullgraph=name != "moe.py", backend="aot_eager")
+    x = torch.randint(50, (2, 8))
+    (want, grads), (loss, found) = ((y, torch.autograd.grad(y, list(model.parameters()), allow_unused=True))
+                                    for y in (f(x, x.roll(-1, 1)) for f in (model, compiled)))
+    bound = 0.05 if name == "bitnet.py" else 1e-4  # the last bit of a sum tips a ternary rounding
+    assert abs(loss - want) < bound / 10
+    assert all(error(g, w) < bound for g, w in zip(found, grads) if w is not None and w.norm() > 0)

@@ -518,6 +518,53 @@ def test_merge_keeps_the_dtype_and_the_tokenizer(tmp_path, base, hf):
     assert error(oracle(tmp_path / "m")(x).logits, adapter(x)) < 1e-2  # bf16 weights on one side
 
 
+def test_a_folder_that_held_another_kind_of_run(tmp_path, made, run):
+    """The whole model where an adapter was, and an adapter where a whole model was; and after a kill in between."""
+    args = ["--init", made / "base", "--data", made / "rows.json", *RUN, "--steps", "1"]
+    out, old, kept = tmp_path / "o", tmp_path / "old", {"adapter_config.json", "adapter_model.safetensors"}
+    run(*args, "--out", out)
+    shutil.copytree(out, old)
+    run(*args, "--method", "full", "--out", out)
+    assert not kept & {f.name for f in out.iterdir()} and not hasattr(Model.from_pretrained(out), "adapter")
+    said = run("--sample", "What is 3 plus 4?", "--out", out)
+    assert "final val loss" in run("--resume", "--steps", "2", "--out", out)
+    run("--merge", tmp_path / "m", "--out", out)
+    assert (tmp_path / "m" / "model.safetensors").is_file()
+    # killed before the run was decided, and after it: adapter and model lie in the folder
+    for f in ("config.json", "model.safetensors"):
+        shutil.copy(out / f, old)
+    assert hasattr(Model.from_pretrained(old), "adapter")
+    for f in kept:
+        shutil.copy(old / f, out)
+    assert run("--sample", "What is 3 plus 4?", "--out", out) and said and not kept & {f.name for f in out.iterdir()}
+    shutil.copy(old / "adapter_config.json", out)  # an adapter's first save, cut short
+    assert not hasattr(Model.from_pretrained(out), "adapter")
+    run(*args, "--out", out)
+    assert hasattr(Model.from_pretrained(out), "adapter") and run("--sample", "What is 3 plus 4?", "--out", out)
+    assert "final val loss" in run("--resume", "--steps", "2", "--out", out)
+    Model.from_pretrained(made / "base").save_pretrained(out)
+    assert not kept & {f.name for f in out.iterdir()}
+
+
+def test_rows_of_text(tmp_path, made, run):
+    """Texts without questions train, and the sample begins with the first token of one."""
+    rows = [json.dumps(dict(text=f"{i} and {i} is {2 * i}.")) for i in range(9)]
+    (tmp_path / "x.jsonl").write_text("\n".join(rows))
+    out = run("--init", made / "base", "--data", tmp_path / "x.jsonl", *RUN, "--steps", "1", "--out", tmp_path / "o")
+    assert "final val loss" in out and "\n8" in out
+
+
+def test_merge_copies_the_tokenizer_s_files_only(tmp_path, made, run, monkeypatch):
+    """What lies in the current directory is no part of a base of bytes."""
+    monkeypatch.chdir(tmp_path)
+    Path("generation_config.json").write_text('{"eos_token_id": 7}')
+    Path("tok.json").write_text("{}")
+    Model.from_pretrained(made / "base", "lora").save_adapter("a")
+    run("--init", "a", "--merge", "m")
+    assert {f.name for f in Path("m").iterdir()} == {"model.safetensors", "config.json", "tok.json"}
+    assert Path("m/tok.json").read_text() == (made / "base" / "tok.json").read_text()
+
+
 def test_two_processes_equal_one(tmp_path, made, run):
     """Same global batch, of rows with different numbers of answers: losses over 6 steps within 1e-5."""
     rows = [dict(instruction="Count.", output="1, 2, 3, 4, 5, 6, 7, 8"[: 1 + 3 * (i % 8)]) for i in range(40)]
@@ -575,6 +622,46 @@ def test_bases_that_are_refused(base, capsys):
     assert "no such file" in refused(capsys, lambda: Model.from_pretrained(base / "none"))
 
 
+@pytest.mark.parametrize("file, text, said", [
+    ("config.json", "[]", "config.json: damaged (a list, where an object was expected)"),
+    ("config.json", dict(hidden_size=0), "hidden_size is 0 in config.json; a whole number above 0"),
+    ("config.json", dict(num_hidden_layers="2"), "num_hidden_layers is '2' in config.json"),
+    ("config.json", dict(rms_norm_eps=[1]), "rms_norm_eps is [1] in config.json"),
+    ("config.json", dict(rope_parameters=[1]), "is [1] in config.json; an object was expected"),
+    ("config.json", dict(vocab_size=None), "config.json has no 'vocab_size'"),
+    ("config.json", dict(eos_token_id="</s>"), "eos_token_id is ['</s>']"),
+    ("model.safetensors.index.json", "{}", "model.safetensors.index.json: damaged"),
+])  # fmt: skip
+def test_damaged_files_of_a_base(base, capsys, file, text, said):
+    text = text if isinstance(text, str) else json.dumps(json.loads((base / file).read_text()) | text)
+    (base / file).write_text(text)
+    assert said in refused(capsys, lambda: Model.from_pretrained(base))
+
+
+@pytest.mark.parametrize("method, change, said", [
+    ("lora", [], "adapter_config.json: damaged (a list"),
+    ("lora", dict(lora_alpha=None), "lora_alpha is None in adapter_config.json; a number above 0"),
+    ("lora", dict(lora_alpha="16"), "lora_alpha is '16' in adapter_config.json"),
+    ("lora", dict(alpha_pattern=[1]), "alpha_pattern is [1] in adapter_config.json"),
+    ("lora", dict(lora_dropout=2), "lora_dropout is 2 in adapter_config.json"),
+    ("lora", dict(base_model_name_or_path=5), "does not name its base"),
+    ("adapter", dict(adapter_len=0), "adapter_len is 0 in adapter_config.json; a whole number above 0"),
+    ("adapter", dict(adapter_layers=1.5), "adapter_layers is 1.5 in adapter_config.json"),
+])  # fmt: skip
+def test_damaged_files_of_an_adapter(base, tmp_path, capsys, method, change, said):
+    Model.from_pretrained(base, method).save_adapter(tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change if change else change))
+    assert said in refused(capsys, lambda: Model.from_pretrained(tmp_path / "a"))
+
+
+def test_an_adapter_of_rank_0(base, tmp_path, capsys):
+    Model.from_pretrained(base, "lora").save_adapter(tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({k: v[:0] if "lora_A" in k else v[:, :0].contiguous() for k, v in load_file(file).items()}, file)
+    assert "lora_A.weight is (0, " in refused(capsys, lambda: Model.from_pretrained(tmp_path / "a"))
+
+
 def test_a_missing_shard(tmp_path, capsys):
     oracle().save_pretrained(tmp_path, max_shard_size="20KB")
     gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
@@ -607,6 +694,15 @@ def test_adapters_that_are_refused(base, tmp_path, capsys):
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     file.write_bytes(b"x" * 50)
     assert "damaged" in refused(capsys, lambda: Model.from_pretrained(tmp_path / "a"))
+
+
+def test_rows_end_with_a_newline_only(tmp_path):
+    """A mark at the file's beginning, and characters inside strings at which splitlines() would cut."""
+    row = dict(instruction="a\u2028b\u0085c\x0c", output="d")
+    (tmp_path / "x.jsonl").write_text("\ufeff" + (json.dumps(row, ensure_ascii=False) + "\r\n") * 2, newline="")
+    (tmp_path / "y.json").write_text("\ufeff" + json.dumps([row, row]))
+    for f, where in (("x.jsonl", "line"), ("y.json", "item")):
+        assert [r for _, r in lora.read_rows(tmp_path / f)] == [row, row], where
 
 
 @pytest.mark.parametrize("text, said", [
@@ -644,6 +740,39 @@ def test_rows_that_are_refused(tmp_path, capsys, text, said):
 def test_flags_that_are_refused(made, tmp_path, capsys, flags, said):
     args = ["--init", str(made / "base"), "--data", str(made / "rows.json"), *RUN, "--out", str(tmp_path / "o"), *flags]
     assert said in refused(capsys, lambda: lora.main(args)).replace("out: ", "")
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--rank", "4"], "--rank 4: {a} is an adapter, made with 8; without that flag it is used as it is"),
+    (["--alpha", "8"], "--alpha 8.0: {a} is an adapter, made with 16.0"),
+    (["--rslora"], "--rslora True: {a} is an adapter, made with False"),
+    (["--targets", "q_proj"], "--targets q_proj: {a} is an adapter, made with q_proj,v_proj"),
+    (["--method", "adapter"], "--method adapter: {a} is an adapter, made with --method lora"),
+    (["--method", "full"], "--method full: {a} is an adapter"),
+    (["--rank", "8", "--alpha", "16", "--no-rslora", "--targets", "v_proj,q_proj", "--method", "lora"], None),
+    ([], None),
+])  # fmt: skip
+def test_flags_that_an_adapter_has_already(made, tmp_path, capsys, run, flags, said):
+    """One that differs would change nothing and is refused, with --init, --resume, --sample; an equal one is not."""
+    a, o = str(tmp_path / "a"), str(tmp_path / "o")
+    Model.from_pretrained(made / "base", "lora", targets="q_proj,v_proj").save_adapter(a)
+    args = ["--init", a, "--data", str(made / "rows.json"), *RUN, "--steps", "1", "--out", o]
+    run(*args)  # its config has this file's rank and targets, the adapter its own
+    for call, where in ((args, a), (["--resume", "--steps", "2", "--out", o], o), (["--sample", "x", "--out", o], o)):
+        if said:
+            assert said.format(a=where) in refused(capsys, lambda c=call: lora.main([*c, *flags]))
+        else:
+            run(*call, *flags)
+
+
+def test_merging_where_it_would_destroy(made, tmp_path, capsys):
+    """Into the base's own folder, an adapter's, or none: refused before anything is written."""
+    base, a = shutil.copytree(made / "base", tmp_path / "base"), tmp_path / "a"
+    Model.from_pretrained(base, "lora").save_adapter(a)
+    before = {f: f.read_bytes() for d in (base, a) for f in d.iterdir()}
+    for folder, said in ((base, "the base itself is there"), (a, "it holds an adapter"), ("", "--merge: its value is")):
+        assert said in refused(capsys, lambda f=folder: lora.main(["--init", str(a), "--merge", str(f)]))
+    assert before == {f: f.read_bytes() for d in (base, a) for f in d.iterdir()}
 
 
 def test_merging_prompts_is_refused(base, tmp_path, capsys):

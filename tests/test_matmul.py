@@ -1,5 +1,6 @@
 """kernels/matmul.py: the GEMM and the linear layer in the interpreter, as machine code, and in bytes."""
 import math
+import shutil
 
 import pytest
 import torch
@@ -272,3 +273,14 @@ def bench_cases():
     backward = lambda y: torch.autograd.grad(y, (x, w, b), torch.ones_like(y))
     return [("linear+gelu 512x256 -> 1024", lambda: mm.linear(x, w, b, "gelu"), backward,
              nbytes(x, w, b, y, y), nbytes(x, w, y, y, x, w, b))]
+
+
+def test_inductor(monkeypatch):
+    """Where oneDNN's products serve, and Inductor would take them for its own, it chooses by itself."""
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(mm, "MKL_IS_SLOW", torch.backends.mkldnn.is_available())
+    x, w, b = leaves((3, 8), (5, 8), (5,))
+    step = lambda x, w, b: mm.linear(x, w, b, "gelu").square().sum()
+    want, found = (torch.autograd.grad(f(x, w, b), (x, w, b)) for f in (step, torch.compile(step, fullgraph=True)))
+    assert all((p - q).norm() <= 1e-5 * q.norm() for p, q in zip(found, want))

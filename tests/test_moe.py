@@ -420,12 +420,16 @@ def bad_inputs(d, text):
     yield ["--capacity=-1", *data], "--capacity -1.0: must be 0 or more"
     yield ["--upcycle", f"{d}/none"], "no such file or folder"
     yield ["--upcycle", f"{d}/moe"], "it has 4 experts already"
-    yield ["--merge", f"{d}/a", f"{d}/b"], "--prompts (none)"
+    yield ["--merge", f"{d}/a", f"{d}/b"], "--prompts (none): --merge needs a text file"
+    yield ["--merge", f"{d}/a", f"{d}/b", "--prompts", f"{d}/mark.txt"], "mark.txt: a line without any text"
+    yield ["--merge", f"{d}/a", f"{d}/b", "--prompts", f"{d}/empty.txt"], "0 blocks of lines for the 2 models"
     yield ["--merge", f"{d}/a", f"{d}/b", "--prompts", f"{d}/one.txt"], "1 blocks of lines for the 2 models"
     yield ["--merge", f"{d}/a", f"{d}/wide", "--prompts", f"{d}/one.txt"], (
         "its shapes, or its rotary base, are not those of")
     yield ["--show-routing", "a", "--out", f"{d}/none"], "--show-routing: no run in"
     yield ["--show-routing", "a", "--init", f"{d}/moe"], "--show-routing: the checkpoint has no tokenizer"
+    yield ["--show-routing", "ABC", "--init", f"{d}/a", "--out", f"{d}/one.txt/o"], "one.txt/o: Not a directory"
+    yield ["--show-routing", "ABC", "--init", f"{d}/a", "--out", f"{d}/shown"], "shown: Is a directory"
 
 
 def test_bad_inputs(tmp_path, text, capsys, monkeypatch):
@@ -437,6 +441,9 @@ def test_bad_inputs(tmp_path, text, capsys, monkeypatch):
     Model(Config(**TINY)).save_pretrained("moe")
     Model(Config(**TINY | dict(experts=1, top_k_experts=1, dim=32))).save_pretrained("wide")
     Path("one.txt").write_text("ABC\n")
+    Path("mark.txt").write_text("ABC\n!\n\nDEF\n")
+    Path("empty.txt").write_text("\n")
+    Path("shown/routing.png").mkdir(parents=True)
     capsys.readouterr()
     for args, said in bad_inputs(tmp_path, text):
         with pytest.raises(SystemExit) as e:

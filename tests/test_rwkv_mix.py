@@ -176,3 +176,9 @@ def test_registration(monkeypatch):
         fake = torch.empty(2, 8, 24, device="cuda", dtype=torch.bfloat16)
         assert M.squared_relu(fake).shape == fake.shape
         assert [t.dtype for t in M.token_shift(fake, None, [torch.empty(1, 1, 24, device="cuda")])] == [torch.bfloat16]
+
+
+def test_squared_relu_of_nan():
+    k = torch.tensor([[-1.0, float("nan"), 2.0]])
+    with K.triton_form():
+        assert torch.equal(M.squared_relu(k).nan_to_num(7), torch.tensor([[0.0, 7.0, 4.0]]))

@@ -133,3 +133,14 @@ def test_registration(monkeypatch, small):
         S.selective_scan(*args[:3] + [args[3][..., 1:]] + args[4:])
     with pytest.raises(ValueError, match="at most 256"):
         S.selective_scan(*case(1, 2, 1, 257, initial=False, dtype=torch.float32))
+
+
+def test_nothing_optional_in_fp32():
+    """No z and no initial state: neither has a gradient, and the two that say so are no one tensor."""
+    args = [None if t is None else t.detach().requires_grad_()
+            for t in case(1, 3, 4, 2, optional=False, initial=False, dtype=torch.float32)]
+    given = [t for t in args if t is not None]
+    want = torch.autograd.grad(S.selective_scan_ref(*args)[0].sum(), given)
+    with K.triton_form():
+        found = torch.autograd.grad(S.selective_scan(*args)[0].sum(), given)
+    assert all((a - b).norm() < 1e-5 * b.norm() for a, b in zip(found, want))

@@ -345,6 +345,50 @@ def test_vae_then_latents(tmp_path, set_of_pictures, capsys):
     unet.main(["--resume", "--steps", "3", "--out", str(d)])
 
 
+def test_parts_of_an_earlier_run(tmp_path, set_of_pictures, capsys):
+    """A folder that held a run in latents, then one in pixels, then one with features: each takes its own parts."""
+    v, o = str(tmp_path / "v"), tmp_path / "o"
+    args = [*RUN, "--data", set_of_pictures, "--steps", "1"]
+    ask = ["--sample", "a red circle", "--number", "1", "--sample-steps", "1", "--out", str(o)]
+    unet.main([*args, "--stage", "vae", "--out", v])
+    unet.main([*args, "--vae", v, "--out", str(o)])
+    unet.main([*args, "--out", str(o)])
+    assert (o / "vae").is_dir() and Model.from_pretrained(o).vae is None
+    unet.main(ask)
+    unet.main(["--resume", "--steps", "2", "--out", str(o)])
+    assert capsys.readouterr().out.count("1 pictures") == 1
+    with np.load(set_of_pictures) as z:
+        np.savez(tmp_path / "f.npz", images=z["images"], features=np.ones((40, 8, 12), np.float32))
+    unet.main([*args, "--data", str(tmp_path / "f.npz"), "--features", "12", "--captions", "8", "--out", str(o)])
+    assert (o / "text_encoder").is_dir() and Model.from_pretrained(o).text_encoder is None
+    unet.main([*args, "--vae", v, "--out", str(o)])
+    unet.main(ask)
+    model = Model.from_pretrained(o)
+    assert model.vae is not None and model.text_encoder is not None
+
+
+def test_another_condition_than_the_checkpoint_s(one, set_of_pictures, tmp_path, capsys):
+    data, out = ["--data", set_of_pictures], ["--out", str(tmp_path / "o")]
+    for args in (["--resume", "--out", str(one)], ["--init", str(one), *data, *out],
+                 ["--init", str(one), "--sample", "0", *out]):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e:
+            unet.main([*args, "--cond", "class"])
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and "--cond class: the " in err and "text" in err and err.count("\n") == 1
+
+
+def test_captions_that_are_no_utf_8(one, capsys):
+    """What the shell passes for the byte 0xff, and a tokenizer of CLIP's kind."""
+    unet.main(["--sample", "\udcff", "--number", "1", "--sample-steps", "1", "--out", str(one)])
+    assert "1 pictures" in capsys.readouterr().out
+    from tokenizers import Tokenizer as Words
+    from tokenizers import models
+
+    words = Words(models.BPE(vocab={"?": 0}, merges=[])).to_str()
+    assert (unet.Tokenizer("clip", words).encode(["\ud800"], 3) == [[unet.CLIP - 2, 0, unet.CLIP - 1]]).all()
+
+
 def test_alone(tmp_path):
     """Copied into an empty folder: draws its shapes, trains and samples in plain PyTorch."""
     shutil.copy(ROOT / "unet.py", tmp_path)
@@ -359,6 +403,10 @@ def test_alone(tmp_path):
 def bad_inputs(tmp, data):
     d = ["--data", data]
     yield ["--preset", "huge"], "--preset huge: one of cpu, gpu, sd1"
+    yield [*RUN, "--widths", "16", "0", *d], "--widths 16 0: positive numbers, one for each level"
+    yield [*RUN, "--vae-widths", "-8", "8", *d], "--vae-widths -8 8: positive numbers"
+    yield [*RUN, "--number", "0", *d], "--number 0: must be positive"
+    yield [*RUN, "--sample-steps", "0", *d], "--sample-steps 0: must be positive"
     yield ["--widths", "16", "many", *d], "--widths 16 many: whole numbers, one for each level"
     yield [*RUN, "--attn", "1", *d], "--attn 1: 0 or 1 for each of the 2 levels"
     yield [*RUN, "--groups", "5", *d], "--groups 5: each of --widths 16 32 must be divisible"
