@@ -3,6 +3,7 @@ import os
 import sys
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: it is read when a kernel is defined
+os.environ["HF_HUB_OFFLINE"] = "1"  # the same for huggingface_hub, which would ask a missing network for 20 s
 PARALLEL = "PYTEST_XDIST_WORKER" in os.environ
 if PARALLEL:  # workers share the cores: one thread each
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -363,8 +363,7 @@ def test_alone(tmp_path):
     ("--vae no/where/x", "dit.py: no/where/x"),
     ("--steps 0", "--steps 0: must be positive"),
 ])  # fmt: skip
-def test_bad_input(tmp_path, pictures, capsys, monkeypatch, flags, words):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_input(tmp_path, pictures, capsys, flags, words):
     data = [] if "--data" in flags else ["--data", pictures]
     with pytest.raises(SystemExit) as e:
         dit.main([*RUN, "--patch", "2", *data, "--out", str(tmp_path / "o"), *flags.split()])

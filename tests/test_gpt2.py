@@ -546,7 +546,6 @@ def bad_inputs(tmp, text):
 def test_bad_inputs(tmp_path, text, capsys, monkeypatch):
     """Each is one line that names the flag or file and what would be right, exit code 2; nothing is half-written."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for args, said in bad_inputs(tmp_path, text):
         with pytest.raises(SystemExit) as e:
             gpt2.main(args)

@@ -435,7 +435,6 @@ def bad_inputs(d, text):
 def test_bad_inputs(tmp_path, text, capsys, monkeypatch):
     """Each is one line that names the flag or the file and what would be right, exit code 2."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     llama("a")
     llama("b")
     Model(Config(**TINY)).save_pretrained("moe")

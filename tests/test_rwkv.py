@@ -369,7 +369,6 @@ def test_a_run(tmp_path, text):
 
 def test_bad_inputs(tmp_path, text, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     official_file(tmp_path / "a.pth")
     for args, said in (
         (["--dim", "30", "--head-dim", "16", "--data", text], "--head-dim 16: --dim 30 must be divisible by it"),

@@ -421,9 +421,8 @@ def bad_inputs(tmp, data):
     yield ["--data", str(tmp / "none")], "no .npz, no folder of pictures"
 
 
-def test_bad_inputs(tmp_path, set_of_pictures, capsys, monkeypatch):
+def test_bad_inputs(tmp_path, set_of_pictures, capsys):
     """Each gives one line that says what would be right, exit code 2 and no traceback."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for args, said in bad_inputs(tmp_path, set_of_pictures):
         with pytest.raises(SystemExit) as e:
             unet.main(args if "--out" in args else [*args, "--out", str(tmp_path / "o")])
