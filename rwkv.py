@@ -1080,7 +1080,8 @@ def train(cfg, given, model, tok, state):
     log = csv.writer(open(f"{cfg.out}/log.csv" if rank == 0 else os.devnull, "w", buffering=1, newline=""))
     log.writerows([("step", f"{unit}s", "seconds", "loss", "val", "lr", "norm", f"{unit[:3]}_s"), *rows])
     stop, before = [], float(rows[-1][2]) if rows else 0.0
-    handlers = {s: signal.signal(s, lambda *_: stop.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda *_: stop.append(1))
     wrong = torch.full((), -1, device=device)  # the first step whose loss or gradient was not finite
     halt = False  # stop, read once a step: a signal that comes later waits for the next
     begun, saved, start, mark = step, step if state else None, time.perf_counter(), (time.perf_counter(), step)
@@ -1139,8 +1140,8 @@ def train(cfg, given, model, tok, state):
             shown = (f" | val {val:.4f}" if v else "") + (f" | {model.report()}" if hasattr(model, "report") else "")
             say(f"step {step}/{cfg.steps} | loss {total.item():.4f}{shown} | lr {lr:.1e} | norm {norm.item():.2f} | "
                 f"{speed:,.0f} {unit[:3]}/s | {peak:,.0f} MB | {left:.0f} s left", flush=True)  # fmt: skip
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # everything is saved: from here on they end the program
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if halt:
         say(f"stopped after step {step}, saved: python {ME}.py --resume --out {cfg.out}")
     else:

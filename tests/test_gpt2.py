@@ -356,8 +356,8 @@ def test_stops_on_a_signal(tmp_path, text):
         if line.startswith("final val loss"):  # what follows is the sample: Ctrl-C ends it
             p.send_signal(signal.SIGINT)
             break
-    rest = p.stdout.read()
-    assert p.wait(timeout=60) == 130 and "Traceback" not in rest and gpt2.load_run(out)["step"] == done + 1
+    rest = p.communicate(timeout=60)[0]
+    assert p.returncode == 130 and "Traceback" not in rest and gpt2.load_run(out)["step"] == done + 1
 
 
 def test_loss_that_is_not_finite(tmp_path, text):
