@@ -695,7 +695,7 @@ def load_text(cfg, given, tok):
         try:
             if meta.is_file():
                 m = json.loads(meta.read_text())
-                kind, chars, _ = m["tok"], m.get("chars", ""), int(m["vocab_size"])
+                kind, chars, _ = m["tok"], m.get("chars", ""), int(m["vocab_size"])  # shard() needs the last
             elif old.is_file():
                 m = PlainPickle(open(old, "rb")).load()
                 kind, chars = "char", "".join(m["itos"][i] for i in range(m["vocab_size"]))

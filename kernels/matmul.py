@@ -7,9 +7,9 @@ Matrix products in kernels of ours: a tiled GEMM, and the linear layer y = act(x
 
 Backward, with dz = dy gelu'(z) (dz = dy without act):   dx = dz w,   dw = dz^T x,   db = sum over rows of dz.
 
-Which form runs: the vendor's GEMM (on a CPU MKL or oneDNN, with GELU as a loop in C), on a GPU too, unless
-KERNELS=triton asks for the kernels here. They were never timed against cuBLAS on a GPU, and it is hard to beat; what
-they give is a GPT-2 whose every FLOP runs in this folder.
+Which form runs: the vendor's GEMM (on a CPU MKL or oneDNN, with GELU and one row without gradients as loops in C), on a
+GPU too, unless KERNELS=triton asks for the kernels here. They were never timed against cuBLAS on a GPU, and it is hard
+to beat; what they give is a GPT-2 whose every FLOP runs in this folder.
 
 The tensors of a call share a dtype, fp32, bf16 or fp16; sums run in fp32 (products of fp32 are exact fp32, not TF32),
 results are stored in that dtype. Any strides: a transposed operand is read where it lies. Under autocast x, w and b
@@ -439,15 +439,15 @@ def vector(x, w, b):
     """One row: x (..., K) with K elements in all, w (N, K) or a transposed view, b (N,) or None -> (..., N)."""
     (N, K), slices = w.shape, 0 if w.is_contiguous() else torch.get_num_threads()
     y, part = x.new_empty(*x.shape[:-1], N, dtype=torch.float32), x.new_empty(slices, N, dtype=torch.float32)
-    b = None if b is None else b.float()
-    call(compiled(SOURCE).vector, w, x.float(), b, y, N, K, part, slices, int(w.dtype == torch.bfloat16))
+    x32, b = x.float().contiguous(), None if b is None else b.float().contiguous()
+    call(compiled(SOURCE).vector, w, x32, b, y, N, K, part, slices, int(w.dtype == torch.bfloat16))
     return y.to(x.dtype)
 
 
 def rows(x, w, b):
     """F.linear. On a CPU by oneDNN in fp32 where MKL is slow, and in bf16 with a bias, which F.linear copies into all
     rows first. Generation's one row without gradients has to wait for the weights: a loop in C reads them once from
-    end to end, at the rate of the memory, where MKL and oneDNN take several rows at once, at up to half of it."""
+    end to end, at the rate of the memory; MKL and oneDNN take several rows at once, on AMD's CPUs at half of it."""
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b))
     if torch.compiler.is_compiling() or not x.is_cpu or not x.numel():  # Inductor chooses among its own products
         return F.linear(x, w, b)
@@ -458,11 +458,10 @@ def rows(x, w, b):
             with torch.autocast("cpu", enabled=False):
                 return OneDNN.apply(x, w, b) if wanted else onednn(x, w, b)
     else:
-        alike = x.dtype == w.dtype and (b is None or b.dtype == w.dtype and b.is_contiguous())
-        if x.numel() == x.shape[-1] and not wanted and alike and x.dtype in (torch.float32, torch.bfloat16):
-            fits = x.stride(-1) == 1 and w.numel() and (w.is_contiguous() or w.t().is_contiguous())
-            if fits and compiled(SOURCE):
-                return vector(x, w, b)
+        alike = x.dtype == w.dtype in (torch.float32, torch.bfloat16) and (b is None or b.dtype == w.dtype)
+        whole = w.numel() and (w.is_contiguous() or w.t().is_contiguous())
+        if x.numel() == x.shape[-1] and not wanted and alike and whole and compiled(SOURCE):
+            return vector(x, w, b)
         if MKL_IS_SLOW and x.dtype == w.dtype == torch.float32:
             return OneDNN.apply(x, w, b) if wanted else onednn(x, w, b)
     return F.linear(x, w, b)

@@ -224,7 +224,7 @@ def prepare(r, w, k, a, b):
     q, p = (c.new_empty(n, B, H, 2, L, N) for _ in "qp")
     for x, factor, out in ((a, before, q[..., 0, :, :]), (r, up, q[..., 1, :, :]),
                            (k, down, p[..., 0, :, :]), (b, down, p[..., 1, :, :])):
-        out.copy_(x * factor)
+        out.copy_(x * factor)  # out= with a view would end torch.compile's graph, here and below
     q, p = (x.view(n, B * H, 2 * L, N) for x in (q, p))
     A = (q @ p.mT).mul_(past(L, q))
     return q, p, A, inverse(A[..., :L, L:]), m.exp().view(n, B * H, 1, N), before, up, down

@@ -1,4 +1,6 @@
 """kernels/bitlinear.py: the kernels (kernelcheck.py), the CPU's forms, and how they sit in PyTorch."""
+import contextlib
+
 import kernelcheck as K
 import pytest
 import torch
@@ -282,3 +284,12 @@ def test_what_is_no_number_stays_so(bad):
         with K.triton_form():
             for y in (plain, op()):
                 assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_no_rows():
+    x, g, w = (torch.randn(shape, requires_grad=True) for shape in [(0, 8), (8,), (4, 8)])
+    for form in (contextlib.nullcontext, K.triton_form):
+        with form():
+            y = L.bit_linear(x, g, [w])[0]
+            grads = torch.autograd.grad(y.sum(), (x, g, w))
+            assert y.shape == (0, 4) and [d.shape for d in grads] == [x.shape, g.shape, w.shape]

@@ -1,4 +1,6 @@
 """kernels/norm.py: numerics, traffic and machine code of the kernels (kernelcheck.py), and how they sit in PyTorch."""
+import contextlib
+
 import kernelcheck as K
 import pytest
 import torch
@@ -371,3 +373,13 @@ def test_group_norm_torch_form():
             for p, q in zip([got, *torch.autograd.grad(got, (x, w, b), got.detach())],
                             [want, *torch.autograd.grad(want, (x, w, b), want.detach())]):
                 torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_runs_on_its_tensors_gpu(monkeypatch):
+    """Triton launches on the current GPU, so an op makes that of its tensors the current one."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: seen.append(t) or contextlib.nullcontext())
+    x, w = torch.randn(3, 8), torch.ones(8)
+    with K.triton_form():
+        norm.rms_norm(x, w)
+    assert len(seen) == 1 and seen[0].data_ptr() == x.data_ptr()
