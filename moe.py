@@ -948,11 +948,12 @@ class Muon(torch.optim.Optimizer):
 
     X <- a X + b (X X^T) X + c (X X^T)^2 X, five times, drives all singular values of X = M / |M| toward 1; a step is
     0.2 sqrt(max(m, n)) X. torch.optim.Muon iterates in bf16, which a CPU without bf16 units does at 1/100 of its
-    speed; here in fp32 there, matrices of a shape at once.
+    speed; here in the dtype of the run, matrices of a shape at once.
     """
 
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
+    def __init__(self, params, lr, weight_decay, dtype=torch.float32, momentum=0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self):
@@ -967,8 +968,7 @@ class Muon(torch.optim.Optimizer):
                 grads, M = [p.grad for p in ps], [self.state[p]["momentum"] for p in ps]
                 torch._foreach_lerp_(M, grads, 1 - group["momentum"])
                 X = torch.stack(torch._foreach_lerp(grads, M, group["momentum"])).reshape(-1, m, n)  # Nesterov momentum
-                X = X.bfloat16() if X.is_cuda else X
-                X = X.mT if m > n else X
+                X = (X.mT if m > n else X).to(self.dtype)
                 X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
                 for _ in range(5):
                     A = X @ X.mT
@@ -999,7 +999,8 @@ def make_optimizers(model, cfg):
     if cfg.optim == "adamw":
         return [AdamW(groups, **how), *averages]
     matrices, others = ([g for g in groups if g["matrix"] is m] for m in (True, False))
-    return [Muon(matrices, cfg.lr, cfg.wd), AdamW(others, **how), *averages]
+    dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+    return [Muon(matrices, cfg.lr, cfg.wd, dtype), AdamW(others, **how), *averages]
 
 
 def swap(optimizers):

@@ -17,8 +17,8 @@ multiplied. Under autocast the inputs are cast as torch.nn.functional.scaled_dot
 
 Saved for backward: q, k, v, o and lse, (B, H, Tq) fp32, in base 2. p is recomputed, once in each of the two backward
 kernels: one owns a block of queries (dq, and delta), one a block of keys (dk and dv, summed over the query heads of its
-group). No atomics: results repeat bit for bit. On a CPU forward is PyTorch's, and backward, in bf16 and for more than
-128 keys, a loop in C over tiles of 64 x 64.
+group). No atomics: results repeat bit for bit. On a CPU both passes are loops in C over
+tiles of 64 x 64; a processor with AMX takes PyTorch's forward in bf16.
 
 Bytes and FLOPs of one query head. A block: BM queries (fwd, dq) or BN keys (dkv); e: bytes of an element; G = H / Hkv:
     fwd    e D (2 Tq + 2 sum over blocks of the keys they see) + 4 Tq                  4 D FLOPs for each pair
@@ -232,13 +232,15 @@ def attention_ref(q, k, v, causal=True, scale=None, softcap=0.0):
     return (s.softmax(-1) @ v.to(dtype)).to(q.dtype)
 
 
-# Backward for a CPU (algorithm 2 of the paper), fp32 inside whatever the inputs are. A thread takes a head of k and v,
-# and the query heads that read it, through tiles of BLOCK queries x BLOCK keys, which stay in its cache. What it needs
-# of q, k, v and do it copies first, as fp32 rows of P, D filled up to whole vectors: any strides, no tile at an edge.
+# Both passes for a CPU (algorithms 1 and 2 of the paper), fp32 inside whatever the inputs are. A thread takes a head
+# (backward: one of k and v, and the query heads that read it) through tiles of BLOCK queries x BLOCK keys, which stay
+# in its cache. What it needs of q, k, v and do it copies first, as fp32 rows of P, D filled up to whole vectors: any
+# strides, no tile at an edge.
 SOURCE = r"""
 enum { P = (D + 15) / 16 * 16, BLOCK = 64 };
 typedef float row[P];
 typedef struct { num b, h, t; } strides;
+static const float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
 static void read(const void *x, num at, num bf16, float factor, float *to) {
     if (bf16) for (num d = 0; d < D; d++) to[d] = factor * from_bf16(((uint16_t *)x)[at + d]);
@@ -268,11 +270,57 @@ static void turn(const row *x, num T, float *to) {
             for (num t = 0; t < BLOCK; t++) to[j * P + d * BLOCK + t] = x[j + t][d];
 }
 
+/* s: the strides of q, k, v, o, lse. room: floats in work for each thread */
+void forward(const void *q, const void *k, const void *v, void *o, float *lse, const strides *s, float *work, num room,
+             const float *scale, num bf16, num causal, num B, num H, num G, num Tq, num Tk, num threads) {
+    num Q = (Tq + BLOCK - 1) / BLOCK * BLOCK, K = (Tk + BLOCK - 1) / BLOCK * BLOCK;
+    #pragma omp parallel for num_threads(threads)
+    for (num thread = 0; thread < threads; thread++) {
+        num begin = thread * B * H / threads, end = (thread + 1) * B * H / threads;
+        for (num i = begin; i < end; i++) {
+            num b = i / H, h = i % H;
+            row *vs = (row *)(work + thread * room), *qs = vs + K, *os = qs + Q;
+            float *kT = os[Q], p[BLOCK][BLOCK], most[BLOCK], sum[BLOCK];
+            if (i == begin || h % G == 0) {
+                rows(k, s[1], b, h / G, Tk, bf16, 1, vs), turn(vs, Tk, kT);
+                rows(v, s[2], b, h / G, Tk, bf16, 1, vs);
+            }
+            rows(q, s[0], b, h, Tq, bf16, LOG2E * *scale, qs);
+            for (num m = 0; m < Tq; m += BLOCK) {
+                for (num r = 0; r < BLOCK; r++) most[r] = -INFINITY, sum[r] = 0;
+                for (num j = 0; j < (causal ? m + 1 : Tk); j += BLOCK) {
+                    product(qs[m], P, 1, kT + j * P, BLOCK, p[0], BLOCK, BLOCK, BLOCK, D, 0);
+                    for (num r = 0; r < BLOCK; r++) {
+                        int seen = (causal && m + r + 1 < Tk ? m + r + 1 : Tk) - j;
+                        float top = most[r], l = 0;
+                        #pragma omp simd reduction(max:top)
+                        for (int n = 0; n < BLOCK; n++) top = n < seen && p[r][n] > top ? p[r][n] : top;
+                        float shrink = ex2(most[r] - top);
+                        #pragma omp simd reduction(+:l)
+                        for (int n = 0; n < BLOCK; n++) {
+                            float e = ex2(p[r][n] - top);
+                            p[r][n] = e = n < seen ? e : 0;
+                            l += e;
+                        }
+                        for (num d = 0; d < P; d++) os[m + r][d] = j ? os[m + r][d] * shrink : 0;
+                        most[r] = top, sum[r] = sum[r] * shrink + l;
+                    }
+                    product(p[0], BLOCK, 1, vs[j], P, os[m], P, BLOCK, P, BLOCK, 1);
+                }
+                for (num r = 0; r < BLOCK && m + r < Tq; r++) {
+                    for (num d = 0; d < P; d++) os[m + r][d] /= sum[r];
+                    lse[b * s[4].b + h * s[4].h + (m + r) * s[4].t] = LN2 * (most[r] + log2f(sum[r]));
+                }
+            }
+            write(os, Tq, bf16, 1, o, s[3], b, h);
+        }
+    }
+}
+
 /* s: the strides of q, k, v, o, dy, lse, dq, dk, dv. room: floats in work for each thread */
 void backward(const void *q, const void *k, const void *v, const void *o, const void *dy, const float *lse, void *dq,
               void *dk, void *dv, const strides *s, float *work, num room, const float *scale, num bf16, num causal,
               num B, num H, num G, num Tq, num Tk, num threads) {
-    const float LOG2E = 1.44269504f, LN2 = 0.693147181f;
     num Q = (Tq + BLOCK - 1) / BLOCK * BLOCK, K = (Tk + BLOCK - 1) / BLOCK * BLOCK;
     #pragma omp parallel for num_threads(threads)
     for (num thread = 0; thread < threads; thread++)
@@ -329,15 +377,34 @@ def library(D):
     return compiled(f"enum {{ D = {D} }};" + GEMM + SOURCE)
 
 
-class CompiledBackward(torch.autograd.Function):
-    """PyTorch's forward for a CPU, with the backward above. Causal: as many queries as keys."""
+@functools.cache
+def matrix_units():
+    """Intel's AMX: PyTorch's forward in bf16 uses it, and is then the faster one."""
+    return torch.cpu.get_capabilities().get("amx_tile", False)
+
+
+def strides_of(*tensors):
+    return torch.tensor([t.stride()[:3] for t in tensors])
+
+
+class Compiled(torch.autograd.Function):
+    """The loops above. Causal: as many queries as keys."""
 
     @staticmethod
     def forward(ctx, q, k, v, causal, scale):
         q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-        all_k, all_v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) if q.shape[1] != k.shape[1] else t
-                        for t in (k, v))
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, all_k, all_v, 0.0, causal, scale=scale)
+        (B, H, Tq, D), (Hkv, Tk), threads = q.shape, k.shape[1:3], torch.get_num_threads()
+        if q.dtype == torch.bfloat16 and matrix_units():
+            all_k, all_v = (t.repeat_interleave(H // Hkv, 1) if H != Hkv else t for t in (k, v))
+            forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            o, lse = forward(q, all_k, all_v, 0.0, causal, scale=scale)
+        else:
+            o, lse = q.new_empty(B, Tq, H, D).transpose(1, 2), q.new_empty(B, H, Tq, dtype=torch.float32)
+            P, Q, K = (-(-n // m) * m for n, m in ((D, 16), (Tq, 64), (Tk, 64)))
+            work = torch.empty(threads, P * 2 * (Q + K), dtype=torch.float32)
+            call(library(D).forward, q, k, v, o, lse, strides_of(q, k, v, o, lse), work, work.shape[1],
+                 torch.tensor(scale, dtype=torch.float32), int(q.dtype == torch.bfloat16), int(causal), B, H, H // Hkv,
+                 Tq, Tk, threads)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.how = causal, scale
         return o
@@ -352,9 +419,9 @@ class CompiledBackward(torch.autograd.Function):
         P, Q, K = (-(-n // m) * m for n, m in ((D, 16), (Tq, 64), (Tk, 64)))
         work = torch.empty(threads, P * (3 * Q + 5 * K) + 2 * Q, dtype=torch.float32)
         tensors = q, k, v, o, do, lse, *grads
-        strides, scale = torch.tensor([t.stride()[:3] for t in tensors]), torch.tensor(scale, dtype=torch.float32)
-        call(library(D).backward, *tensors, strides, work, work.shape[1], scale, int(q.dtype == torch.bfloat16),
-             int(causal), B, H, H // Hkv, Tq, Tk, threads)
+        call(library(D).backward, *tensors, strides_of(*tensors), work, work.shape[1],
+             torch.tensor(scale, dtype=torch.float32), int(q.dtype == torch.bfloat16), int(causal), B, H, H // Hkv,
+             Tq, Tk, threads)
         return *grads, None, None
 
 
@@ -364,12 +431,10 @@ def attention_torch(q, k, v, causal=True, scale=None, softcap=0.0):
     Tq, Tk, mask = q.shape[2], k.shape[2], None
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if wanted and q.is_cpu and q.dtype == k.dtype == v.dtype and q.numel() and (Tq == Tk or not causal):
-        # PyTorch's backward is as fast for few keys in fp32, and takes up to three times as long in bf16
-        faster = q.dtype == torch.bfloat16 or q.dtype == torch.float32 and Tk > 128
-        if faster and not torch.compiler.is_compiling() and library(q.shape[3]):
-            return CompiledBackward.apply(q, k, v, causal, q.shape[3] ** -0.5 if scale is None else scale)
+    same = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.bfloat16)
+    if q.is_cpu and same and q.numel() and k.numel() and (Tq == Tk or not causal):
+        if not torch.compiler.is_compiling() and library(q.shape[3]):
+            return Compiled.apply(q, k, v, causal, q.shape[3] ** -0.5 if scale is None else scale)
     if causal and 1 < Tq < Tk:  # PyTorch's is_causal aligns top left; one query sees every key
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
     return torch.nn.functional.scaled_dot_product_attention(
