@@ -57,10 +57,10 @@ try:
     from kernels.norm import add_layer_norm, layer_norm
 except ModuleNotFoundError:  # this file alone: the same operations in plain PyTorch
 
-    def attention(q, k, v, causal=True):  # softmax(q k^T / sqrt(D)) v; query i sees keys up to i + Tk - Tq
+    def attention(q, k, v):  # softmax(q k^T / sqrt(D)) v; query i sees keys up to i + Tk - Tq
         Tq, Tk = q.shape[2], k.shape[2]
-        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq) if causal and 1 < Tq < Tk else None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and Tq == Tk)
+        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq) if 1 < Tq < Tk else None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=Tq == Tk)
 
     def linear_cross_entropy(x, w, targets, ignore_index=-1):
         """mean of -log softmax(x w^T)[target], 2048 rows at a time, again in backward: the logits are never whole."""
@@ -130,7 +130,7 @@ class Config:
 GPT2 = dict(seq=1024, vocab=50257, tok="gpt2", data="openwebtext",
             steps=600_000, warmup=2000, lr_end=0.1, eval_every=1000)
 PRESETS = {
-    # about two minutes on two cores; what else was tried is in bench/RESULTS.md
+    # one to two minutes on two cores; what else was tried is in bench/RESULTS.md
     "cpu": dict(layers=4, heads=3, dim=96, seq=128, batch=16, steps=1200, lr=1e-2, optim="muon", eval_every=600),
     # the character model of nanoGPT's README, here for one 12 GB GPU
     "gpu": dict(layers=6, heads=6, dim=384, seq=256,
@@ -186,7 +186,7 @@ class Attention(nn.Module):
         if self.training and self.dropout:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout)
         else:
-            y = attention(q, k, v, causal=True)  # (B, H, T, D)
+            y = attention(q, k, v)  # causal: (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
 
@@ -263,7 +263,7 @@ class Model(nn.Module):
         t, T = state["t"], tokens.shape[1]
         if t + T > self.context:
             raise ValueError(f"{t + T} tokens do not fit the {self.context} positions")
-        x = self.blocks(tokens, state["kv"].to(self.wte.weight.dtype), t)
+        x = self.blocks(tokens, state["kv"], t)
         state["t"] = t + T
         return linear(x[:, -1], self.wte.weight), state
 
@@ -302,7 +302,8 @@ class Model(nn.Module):
             cfg.vocab = config["vocab_size"]
         except KeyError as e:
             bad(f"{path}: config.json has no {e}, so this is no GPT-2")
-        same = dict(activation_function="gelu_new", n_inner=None, scale_attn_by_inverse_layer_idx=False)
+        same = dict(activation_function="gelu_new", n_inner=None, scale_attn_by_inverse_layer_idx=False,
+                    layer_norm_epsilon=1e-5, tie_word_embeddings=True)
         for key, value in same.items():
             if config.get(key, value) not in (value, cfg.dim * 4):
                 bad(f"{path}: {key} = {config[key]!r} in config.json; GPT-2 has {value!r}")
@@ -748,43 +749,7 @@ def first_line(e):
     return (str(e) or type(e).__name__).splitlines()[0][:120]
 
 
-def read_checkpoint(path):
-    """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
-    folder = path if path.is_dir() else path.parent
-    try:
-        config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
-        if not isinstance(config, dict):
-            raise TypeError("config.json holds no names")
-        if path.is_file():
-            files = [path]
-        elif index.is_file():
-            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        else:
-            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file()
-                               else "pytorch_model.bin")]
-        tensors = {}
-        for f in files:
-            tensors |= (load_file(f) if f.suffix == ".safetensors"
-                        else torch.load(f, map_location="cpu", weights_only=True))
-        return config, tensors
-    except FileNotFoundError as e:
-        bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
-    except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
-        bad(f"{path}: damaged, or not a checkpoint ({first_line(e)})")
-
-
-def load_strict(model, tensors, path):
-    """Copy tensors into the model; one that is missing, left over or of another shape is named and refused."""
-    own = model.state_dict()
-    for k in sorted(own.keys() | tensors.keys()):
-        if k not in tensors or k not in own:
-            bad(f"{path}: {'no tensor' if k in own else 'unknown tensor'} {k}")
-        if tensors[k].shape != own[k].shape:
-            bad(f"{path}: {k} is {tuple(tensors[k].shape)}, but {tuple(own[k].shape)} is asked for")
-    model.load_state_dict(tensors)
-
-
-def sharded(cfg):
+def sharded():
     """With --fsdp every process holds a part: these make and take whole state dicts on the first one."""
     from torch.distributed.checkpoint import state_dict as D
 
@@ -796,7 +761,7 @@ def save(cfg, model, optimizers, tok, step, best):
     (load_run ends the second)."""
     weights, states = model.state_dict, [o.state_dict for o in optimizers]
     if cfg.fsdp:
-        D, how = sharded(cfg)
+        D, how = sharded()
         weights = functools.partial(D.get_model_state_dict, model, options=how)
         states = [functools.partial(D.get_optimizer_state_dict, model, o, options=how) for o in optimizers]
     weights, states = weights(), [s() for s in states]
@@ -850,6 +815,46 @@ def load_tokenizer(path, vocab):
 # ----- end -----
 
 
+# ----- read (shared) -----
+def read_checkpoint(path):
+    """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
+        if not isinstance(config, dict):
+            raise TypeError("config.json holds no names")
+        if path.is_file():
+            files = [path]
+        elif index.is_file():
+            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        else:
+            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file()
+                               else "pytorch_model.bin")]
+        tensors = {}
+        for f in files:
+            tensors |= (load_file(f) if f.suffix == ".safetensors"
+                        else torch.load(f, map_location="cpu", weights_only=True))
+        return config, tensors
+    except FileNotFoundError as e:
+        bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
+    except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
+        bad(f"{path}: damaged, or not a checkpoint ({first_line(e)})")
+
+
+def load_strict(model, tensors, path):
+    """Copy tensors into the model; one that is missing, left over or of another shape is named and refused."""
+    own = model.state_dict()
+    for k in sorted(own.keys() | tensors.keys()):
+        if k not in tensors or k not in own:
+            bad(f"{path}: {'no tensor' if k in own else 'unknown tensor'} {k}")
+        if tensors[k].shape != own[k].shape:
+            bad(f"{path}: {k} is {tuple(tensors[k].shape)}, but {tuple(own[k].shape)} is asked for")
+    model.load_state_dict(tensors)
+
+
+# ----- end -----
+
+
 # ----- train (shared) -----
 def pick_device(cfg):
     """-> (device, rank, world size); under torchrun each process takes its own GPU."""
@@ -874,8 +879,8 @@ def pick_device(cfg):
 
 def bf16_pays(device, model, batch):
     """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if faster, a whole micro-step."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False), "auto"
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False), "auto"
 
     def fastest(run):
         times = [(time.perf_counter(), run(), time.perf_counter()) for _ in range(3)]
@@ -891,7 +896,10 @@ def bf16_pays(device, model, batch):
     b = a.bfloat16()
     if fastest(lambda: b @ b) > fastest(lambda: a @ a):
         return False, "auto: matrices multiply more slowly in bf16 here"
+    buffers = [(b, b.clone()) for b in model.buffers()]  # a step may move them
     fp32, bf16 = fastest(lambda: step(False)), fastest(lambda: step(True))
+    for b, before in buffers:
+        b.copy_(before)
     return bf16 < fp32, f"auto: a micro-step takes {fp32 * 1e3:.0f} ms in fp32, {bf16 * 1e3:.0f} ms in bf16"
 
 
@@ -930,7 +938,7 @@ def train(cfg, given, model, tok, state):
     if cfg.dtype == "auto":
         cast, why = bf16_pays(device, run, [t.to(device) for t in train_data.batch(cfg, 0, 0, rank, world)])
     if world > 1:
-        (cast, why), _ = shared = [(cast, why), None]
+        shared = [(cast, why)]
         dist.broadcast_object_list(shared)
         cast, why = shared[0]
     cfg.dtype = "bf16" if cast else "fp32"  # --resume stays with it: measured again, it could come out otherwise
@@ -939,17 +947,19 @@ def train(cfg, given, model, tok, state):
     if cfg.fsdp:
         from torch.distributed.fsdp import fully_shard
 
+        mesh = dist.device_mesh.init_device_mesh(device.type, (world,))
         for part in [*(m for m in model.modules() if isinstance(m, Block)), model]:
-            fully_shard(part, mesh=dist.device_mesh.init_device_mesh(device.type, (world,)))
+            fully_shard(part, mesh=mesh)
     optimizers = make_optimizers(model, cfg)
     step, best, val, rows = 0, math.inf, None, []
     if state:
-        step, best, val = state["step"], state["best"], None
         rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline=""))
-                if r and r[0].isdigit() and int(r[0]) <= step]
+                if r and r[0].isdigit() and int(r[0]) <= state["step"]]
+        # it was saved before its last evaluation
+        step, best = state["step"], min([state["best"], *(float(r[4]) for r in rows if r[4])])
         for o, s in zip(optimizers, state["optimizers"]):
             if cfg.fsdp:
-                D, how = sharded(cfg)
+                D, how = sharded()
                 D.set_optimizer_state_dict(model, o, s, options=how)
             else:
                 try:
@@ -966,7 +976,7 @@ def train(cfg, given, model, tok, state):
     form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
     about = (train_data.about() if unit != "token"
              else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}")
-    say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {about}")
+    say(f"{ME}: {sum(p.numel() for p in params):,} trained parameters | {cfg.data}: {about}")
     say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | "
         f"{cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
     say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | "
@@ -1021,7 +1031,7 @@ def train(cfg, given, model, tok, state):
             val = evaluate(run, val_data, cfg, device, cast)
             best = min(best, val)
             if hasattr(model, "snapshot") and rank == 0 and not cfg.fsdp:
-                model.snapshot(tok, val_data.start(), step)
+                model.snapshot(val_data.start(), step)
         if due:
             swap(optimizers)
         if due or step % cfg.log_every == 0 or step == begun + 1:

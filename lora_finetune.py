@@ -7,8 +7,8 @@ Special: the base Llama (Touvron et al. 2023, arXiv:2302.13971) is frozen; a few
     x      += W_o softmax(rope(q) rope(k)^T / sqrt(D) + mask) v      q, k, v = W_q h, W_k h, W_v h, h = RMSNorm(x)
     x      += W_down (silu(W_gate h) * W_up h)                       h = RMSNorm(x)
     lora    y = W h + (alpha / rank) B A h                           A (rank, in), B (out, rank) = 0 at first
-    qlora   the same, W = NF4 levels times a scale per 64 weights    4.127 bits a weight
-    adapter y = Attention(h) + gate softmax(q (W_k p)^T / sqrt(D)) W_v p   prompts p (K, C) a layer, gate = 0 at first
+    qlora   the same, W = NF4 levels times a scale per 64 weights    4.127 bits a weight (4.5 without kernels/)
+    adapter y = Attention(h) + gate softmax(q (W_k p)^T / sqrt(D)) W_v p   prompts p (K, C), gate = 0 at first (PEFT)
 
 Run:     python lora_finetune.py                                       no base needed: trains a tiny one, then adapts it
          python lora_finetune.py --init HuggingFaceTB/SmolLM2-135M-Instruct --data alpaca   any Llama or Mistral folder
@@ -65,10 +65,10 @@ try:
     from kernels.norm import add_rms_norm, rms_norm
 except ModuleNotFoundError:  # this file alone: the same operations in plain PyTorch
 
-    def attention(q, k, v, causal=True):  # softmax(q k^T / sqrt(D)) v; query i sees keys up to i + Tk - Tq
+    def attention(q, k, v):  # softmax(q k^T / sqrt(D)) v; query i sees keys up to i + Tk - Tq
         Tq, Tk = q.shape[2], k.shape[2]
-        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq) if causal and 1 < Tq < Tk else None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and Tq == Tk, enable_gqa=True)
+        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq) if 1 < Tq < Tk else None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=Tq == Tk, enable_gqa=True)
 
     def linear_cross_entropy(x, w, targets, ignore_index=-1):
         """mean of -log softmax(x w^T)[target], 2048 rows at a time, again in backward: the logits are never whole."""
@@ -100,7 +100,7 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
         0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ])  # fmt: skip
 
-    def quantize_nf4(w, double=True):
+    def quantize_nf4(w):
         """Blocks of 64 weights, each the nearest level times the block's largest; here that scale stays in fp32."""
         blocks = w.detach().float().reshape(-1, 64)
         absmax = blocks.abs().amax(1, keepdim=True)
@@ -111,9 +111,9 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
         pairs = torch.stack([q["packed"] >> 4, q["packed"] & 15], 2).long()  # (blocks, 32, 2)
         return (NF4.to(pairs.device)[pairs].flatten(1) * q["absmax"]).view(q["shape"]).to(dtype)
 
-    def nf4_linear(x, q, b=None):
+    def nf4_linear(x, q):
         """x W^T; W is decoded again in backward instead of being kept."""
-        return checkpoint(lambda x: F.linear(x, dequantize_nf4(q, x.dtype), b), x, use_reentrant=False)
+        return checkpoint(lambda x: F.linear(x, dequantize_nf4(q, x.dtype)), x, use_reentrant=False)
 
 
 @dataclass
@@ -269,7 +269,7 @@ class Attention(nn.Module):
         self.adaption_prompt = None
 
     def add_adapter(self, K, C):
-        self.adaption_prompt = nn.Parameter(torch.randn(1, K, C) * C**-0.5)
+        self.adaption_prompt = nn.Parameter(torch.randn(1, K, C))
         self.adaption_gate = nn.Parameter(torch.zeros(1))  # the first step is the base's
 
     def forward(self, x, cos, sin, mask=None, cache=None, t=0):
@@ -280,7 +280,7 @@ class Attention(nn.Module):
             cache[0, :, :, t : t + T], cache[1, :, :, t : t + T] = k, v
             k, v = cache[:, :, :, : t + T].to(q.dtype)
         if mask is None:
-            y = attention(q, k, v, causal=True)
+            y = attention(q, k, v)
         else:
             k, v = (u.repeat_interleave(q.shape[1] // u.shape[1], 1) for u in (k, v))  # masked forms know no groups
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -662,7 +662,7 @@ def tensors_of(path):
         except FileNotFoundError:
             bad(f"{path / f}: not found" + ("; the index names it: a shard is missing" if index.is_file() else ""))
         except Exception as e:  # each library has its own
-            bad(f"{path / f}: damaged ({str(e).splitlines()[0][:120]})")
+            bad(f"{path / f}: damaged ({first_line(e)})")
         with tensors:
             for name in tensors.keys():
                 yield name, tensors.get_tensor(name)
@@ -1077,7 +1077,7 @@ class Prompts:
                 task = ("Below is an instruction that describes a task"
                         + (", paired with an input that provides further context" if given else ""))
                 task = (f"{task}. Write a response that appropriately completes the request.\n\n" if i == 0
-                        else "\n\n" * (i > 0))
+                        else "\n\n")
                 given = f"### Input:\n{given}\n\n" if given else ""
                 yield f"{task}### Instruction:\n{t['content']}\n\n{given}### Response:", False, False
 
@@ -1301,43 +1301,7 @@ def first_line(e):
     return (str(e) or type(e).__name__).splitlines()[0][:120]
 
 
-def read_checkpoint(path):
-    """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
-    folder = path if path.is_dir() else path.parent
-    try:
-        config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
-        if not isinstance(config, dict):
-            raise TypeError("config.json holds no names")
-        if path.is_file():
-            files = [path]
-        elif index.is_file():
-            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        else:
-            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file()
-                               else "pytorch_model.bin")]
-        tensors = {}
-        for f in files:
-            tensors |= (load_file(f) if f.suffix == ".safetensors"
-                        else torch.load(f, map_location="cpu", weights_only=True))
-        return config, tensors
-    except FileNotFoundError as e:
-        bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
-    except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
-        bad(f"{path}: damaged, or not a checkpoint ({first_line(e)})")
-
-
-def load_strict(model, tensors, path):
-    """Copy tensors into the model; one that is missing, left over or of another shape is named and refused."""
-    own = model.state_dict()
-    for k in sorted(own.keys() | tensors.keys()):
-        if k not in tensors or k not in own:
-            bad(f"{path}: {'no tensor' if k in own else 'unknown tensor'} {k}")
-        if tensors[k].shape != own[k].shape:
-            bad(f"{path}: {k} is {tuple(tensors[k].shape)}, but {tuple(own[k].shape)} is asked for")
-    model.load_state_dict(tensors)
-
-
-def sharded(cfg):
+def sharded():
     """With --fsdp every process holds a part: these make and take whole state dicts on the first one."""
     from torch.distributed.checkpoint import state_dict as D
 
@@ -1349,7 +1313,7 @@ def save(cfg, model, optimizers, tok, step, best):
     (load_run ends the second)."""
     weights, states = model.state_dict, [o.state_dict for o in optimizers]
     if cfg.fsdp:
-        D, how = sharded(cfg)
+        D, how = sharded()
         weights = functools.partial(D.get_model_state_dict, model, options=how)
         states = [functools.partial(D.get_optimizer_state_dict, model, o, options=how) for o in optimizers]
     weights, states = weights(), [s() for s in states]
@@ -1427,8 +1391,8 @@ def pick_device(cfg):
 
 def bf16_pays(device, model, batch):
     """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if faster, a whole micro-step."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False), "auto"
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False), "auto"
 
     def fastest(run):
         times = [(time.perf_counter(), run(), time.perf_counter()) for _ in range(3)]
@@ -1444,7 +1408,10 @@ def bf16_pays(device, model, batch):
     b = a.bfloat16()
     if fastest(lambda: b @ b) > fastest(lambda: a @ a):
         return False, "auto: matrices multiply more slowly in bf16 here"
+    buffers = [(b, b.clone()) for b in model.buffers()]  # a step may move them
     fp32, bf16 = fastest(lambda: step(False)), fastest(lambda: step(True))
+    for b, before in buffers:
+        b.copy_(before)
     return bf16 < fp32, f"auto: a micro-step takes {fp32 * 1e3:.0f} ms in fp32, {bf16 * 1e3:.0f} ms in bf16"
 
 
@@ -1483,7 +1450,7 @@ def train(cfg, given, model, tok, state):
     if cfg.dtype == "auto":
         cast, why = bf16_pays(device, run, [t.to(device) for t in train_data.batch(cfg, 0, 0, rank, world)])
     if world > 1:
-        (cast, why), _ = shared = [(cast, why), None]
+        shared = [(cast, why)]
         dist.broadcast_object_list(shared)
         cast, why = shared[0]
     cfg.dtype = "bf16" if cast else "fp32"  # --resume stays with it: measured again, it could come out otherwise
@@ -1492,17 +1459,19 @@ def train(cfg, given, model, tok, state):
     if cfg.fsdp:
         from torch.distributed.fsdp import fully_shard
 
+        mesh = dist.device_mesh.init_device_mesh(device.type, (world,))
         for part in [*(m for m in model.modules() if isinstance(m, Block)), model]:
-            fully_shard(part, mesh=dist.device_mesh.init_device_mesh(device.type, (world,)))
+            fully_shard(part, mesh=mesh)
     optimizers = make_optimizers(model, cfg)
     step, best, val, rows = 0, math.inf, None, []
     if state:
-        step, best, val = state["step"], state["best"], None
         rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline=""))
-                if r and r[0].isdigit() and int(r[0]) <= step]
+                if r and r[0].isdigit() and int(r[0]) <= state["step"]]
+        # it was saved before its last evaluation
+        step, best = state["step"], min([state["best"], *(float(r[4]) for r in rows if r[4])])
         for o, s in zip(optimizers, state["optimizers"]):
             if cfg.fsdp:
-                D, how = sharded(cfg)
+                D, how = sharded()
                 D.set_optimizer_state_dict(model, o, s, options=how)
             else:
                 try:
@@ -1519,7 +1488,7 @@ def train(cfg, given, model, tok, state):
     form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
     about = (train_data.about() if unit != "token"
              else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}")
-    say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {about}")
+    say(f"{ME}: {sum(p.numel() for p in params):,} trained parameters | {cfg.data}: {about}")
     say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | "
         f"{cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
     say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | "
@@ -1574,7 +1543,7 @@ def train(cfg, given, model, tok, state):
             val = evaluate(run, val_data, cfg, device, cast)
             best = min(best, val)
             if hasattr(model, "snapshot") and rank == 0 and not cfg.fsdp:
-                model.snapshot(tok, val_data.start(), step)
+                model.snapshot(val_data.start(), step)
         if due:
             swap(optimizers)
         if due or step % cfg.log_every == 0 or step == begun + 1:

@@ -154,20 +154,20 @@ class Config:
     top_p: float = 1.0  # draw from the most likely that make up this probability
 
 
-# the papers' recipe: 0.5M tokens a step, 300B in all, rates five times those of GPT-3, down to 1e-5
+# the paper's recipe: 0.5M tokens a step, 300B in all, rates five times those of GPT-3, down to about 1e-5
 PILE = dict(seq=2048, vocab=50277, tok="gpt2", data="openwebtext",
             steps=600_000, warmup=60_000, lr_end=0.01, eval_every=1000)
 PRESETS = {
     # a good minute on two cores
-    "cpu": dict(layers=4, dim=96, head_dim=32, seq=128, batch=16, steps=750, lr=1e-2, optim="muon", eval_every=375),
+    "cpu": dict(layers=4, dim=96, head_dim=32, seq=128, batch=16, steps=700, lr=1e-2, optim="muon", eval_every=350),
     # a character model for one 12 GB GPU, at the size of gpt2.py's
     "gpu": dict(layers=12, dim=384, seq=256, batch=64, steps=5000, lr=1e-3, lr_end=0.1, warmup=100, beta2=0.99),
     # the released sizes, on one 12 GB GPU; with --version 2 those of mamba2-130m 370m 780m 1.3b 2.7b
     "130M": dict(layers=24, dim=768, batch=8, accum=32, lr=3e-3, **PILE),
     "370M": dict(layers=48, dim=1024, batch=4, accum=64, lr=1.5e-3, ckpt=True, **PILE),
     "790M": dict(layers=48, dim=1536, batch=2, accum=128, lr=1.25e-3, optim="adamw8bit", ckpt=True, **PILE),
-    "1.4B": dict(layers=48, dim=2048, batch=1, accum=512, lr=1e-3, optim="adamw8bit", ckpt=True, **PILE),
-    "2.8B": dict(layers=64, dim=2560, batch=1, accum=512, lr=8e-4, optim="adamw8bit", ckpt=True, **PILE),
+    "1.4B": dict(layers=48, dim=2048, batch=1, accum=256, lr=1e-3, optim="adamw8bit", ckpt=True, **PILE),
+    "2.8B": dict(layers=64, dim=2560, batch=1, accum=256, lr=8e-4, optim="adamw8bit", ckpt=True, **PILE),
 }  # fmt: skip
 
 
@@ -252,7 +252,7 @@ def convolve(conv1d, x, last=None):
 
 def initial_dt(n):
     """dt spread over 0.001..0.1 by its logarithm, before the softplus: log(exp(dt) - 1)."""
-    dt = torch.exp(torch.rand(n) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)).clamp(min=1e-4)
+    dt = torch.exp(torch.rand(n) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
     return dt + torch.log(-torch.expm1(-dt))
 
 
@@ -860,43 +860,7 @@ def first_line(e):
     return (str(e) or type(e).__name__).splitlines()[0][:120]
 
 
-def read_checkpoint(path):
-    """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
-    folder = path if path.is_dir() else path.parent
-    try:
-        config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
-        if not isinstance(config, dict):
-            raise TypeError("config.json holds no names")
-        if path.is_file():
-            files = [path]
-        elif index.is_file():
-            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        else:
-            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file()
-                               else "pytorch_model.bin")]
-        tensors = {}
-        for f in files:
-            tensors |= (load_file(f) if f.suffix == ".safetensors"
-                        else torch.load(f, map_location="cpu", weights_only=True))
-        return config, tensors
-    except FileNotFoundError as e:
-        bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
-    except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
-        bad(f"{path}: damaged, or not a checkpoint ({first_line(e)})")
-
-
-def load_strict(model, tensors, path):
-    """Copy tensors into the model; one that is missing, left over or of another shape is named and refused."""
-    own = model.state_dict()
-    for k in sorted(own.keys() | tensors.keys()):
-        if k not in tensors or k not in own:
-            bad(f"{path}: {'no tensor' if k in own else 'unknown tensor'} {k}")
-        if tensors[k].shape != own[k].shape:
-            bad(f"{path}: {k} is {tuple(tensors[k].shape)}, but {tuple(own[k].shape)} is asked for")
-    model.load_state_dict(tensors)
-
-
-def sharded(cfg):
+def sharded():
     """With --fsdp every process holds a part: these make and take whole state dicts on the first one."""
     from torch.distributed.checkpoint import state_dict as D
 
@@ -908,7 +872,7 @@ def save(cfg, model, optimizers, tok, step, best):
     (load_run ends the second)."""
     weights, states = model.state_dict, [o.state_dict for o in optimizers]
     if cfg.fsdp:
-        D, how = sharded(cfg)
+        D, how = sharded()
         weights = functools.partial(D.get_model_state_dict, model, options=how)
         states = [functools.partial(D.get_optimizer_state_dict, model, o, options=how) for o in optimizers]
     weights, states = weights(), [s() for s in states]
@@ -962,6 +926,46 @@ def load_tokenizer(path, vocab):
 # ----- end -----
 
 
+# ----- read (shared) -----
+def read_checkpoint(path):
+    """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
+        if not isinstance(config, dict):
+            raise TypeError("config.json holds no names")
+        if path.is_file():
+            files = [path]
+        elif index.is_file():
+            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        else:
+            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file()
+                               else "pytorch_model.bin")]
+        tensors = {}
+        for f in files:
+            tensors |= (load_file(f) if f.suffix == ".safetensors"
+                        else torch.load(f, map_location="cpu", weights_only=True))
+        return config, tensors
+    except FileNotFoundError as e:
+        bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
+    except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
+        bad(f"{path}: damaged, or not a checkpoint ({first_line(e)})")
+
+
+def load_strict(model, tensors, path):
+    """Copy tensors into the model; one that is missing, left over or of another shape is named and refused."""
+    own = model.state_dict()
+    for k in sorted(own.keys() | tensors.keys()):
+        if k not in tensors or k not in own:
+            bad(f"{path}: {'no tensor' if k in own else 'unknown tensor'} {k}")
+        if tensors[k].shape != own[k].shape:
+            bad(f"{path}: {k} is {tuple(tensors[k].shape)}, but {tuple(own[k].shape)} is asked for")
+    model.load_state_dict(tensors)
+
+
+# ----- end -----
+
+
 # ----- train (shared) -----
 def pick_device(cfg):
     """-> (device, rank, world size); under torchrun each process takes its own GPU."""
@@ -986,8 +990,8 @@ def pick_device(cfg):
 
 def bf16_pays(device, model, batch):
     """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if faster, a whole micro-step."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False), "auto"
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False), "auto"
 
     def fastest(run):
         times = [(time.perf_counter(), run(), time.perf_counter()) for _ in range(3)]
@@ -1003,7 +1007,10 @@ def bf16_pays(device, model, batch):
     b = a.bfloat16()
     if fastest(lambda: b @ b) > fastest(lambda: a @ a):
         return False, "auto: matrices multiply more slowly in bf16 here"
+    buffers = [(b, b.clone()) for b in model.buffers()]  # a step may move them
     fp32, bf16 = fastest(lambda: step(False)), fastest(lambda: step(True))
+    for b, before in buffers:
+        b.copy_(before)
     return bf16 < fp32, f"auto: a micro-step takes {fp32 * 1e3:.0f} ms in fp32, {bf16 * 1e3:.0f} ms in bf16"
 
 
@@ -1042,7 +1049,7 @@ def train(cfg, given, model, tok, state):
     if cfg.dtype == "auto":
         cast, why = bf16_pays(device, run, [t.to(device) for t in train_data.batch(cfg, 0, 0, rank, world)])
     if world > 1:
-        (cast, why), _ = shared = [(cast, why), None]
+        shared = [(cast, why)]
         dist.broadcast_object_list(shared)
         cast, why = shared[0]
     cfg.dtype = "bf16" if cast else "fp32"  # --resume stays with it: measured again, it could come out otherwise
@@ -1051,17 +1058,19 @@ def train(cfg, given, model, tok, state):
     if cfg.fsdp:
         from torch.distributed.fsdp import fully_shard
 
+        mesh = dist.device_mesh.init_device_mesh(device.type, (world,))
         for part in [*(m for m in model.modules() if isinstance(m, Block)), model]:
-            fully_shard(part, mesh=dist.device_mesh.init_device_mesh(device.type, (world,)))
+            fully_shard(part, mesh=mesh)
     optimizers = make_optimizers(model, cfg)
     step, best, val, rows = 0, math.inf, None, []
     if state:
-        step, best, val = state["step"], state["best"], None
         rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline=""))
-                if r and r[0].isdigit() and int(r[0]) <= step]
+                if r and r[0].isdigit() and int(r[0]) <= state["step"]]
+        # it was saved before its last evaluation
+        step, best = state["step"], min([state["best"], *(float(r[4]) for r in rows if r[4])])
         for o, s in zip(optimizers, state["optimizers"]):
             if cfg.fsdp:
-                D, how = sharded(cfg)
+                D, how = sharded()
                 D.set_optimizer_state_dict(model, o, s, options=how)
             else:
                 try:
@@ -1078,7 +1087,7 @@ def train(cfg, given, model, tok, state):
     form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
     about = (train_data.about() if unit != "token"
              else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}")
-    say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {about}")
+    say(f"{ME}: {sum(p.numel() for p in params):,} trained parameters | {cfg.data}: {about}")
     say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | "
         f"{cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
     say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | "
@@ -1133,7 +1142,7 @@ def train(cfg, given, model, tok, state):
             val = evaluate(run, val_data, cfg, device, cast)
             best = min(best, val)
             if hasattr(model, "snapshot") and rank == 0 and not cfg.fsdp:
-                model.snapshot(tok, val_data.start(), step)
+                model.snapshot(val_data.start(), step)
         if due:
             swap(optimizers)
         if due or step % cfg.log_every == 0 or step == begun + 1:

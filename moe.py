@@ -5,14 +5,14 @@ MoE: a Transformer whose MLPs are mixtures of experts      Shazeer et al. 2017, 
 
 Special: each layer has E MLPs, the experts, and each token runs through K of them. A router, one row of weights per
 expert, says which: 8 experts, 2 a token, is 4 times the parameters of the dense model at the same work for a token.
-    p       = softmax(W_g h) over the E experts             h = RMSNorm(x), all in fp32
+    p       = softmax(W_g h) over the E experts             h = RMSNorm(x); the softmax in fp32
     x      += sum over the K largest of p'_e MLP_e(h)       p' = p / their sum (Mixtral), or p itself (Grok-1)
     MLP_e   = w2_e (act(w1_e h) * w3_e h)                   act = silu, or gelu
-    loss   += aux E sum_e f_e P_e                           f_e = share of choices, P_e = mean p: even loads (Fedus et
-            + z mean(logsumexp(W_g h)^2)                    al. 2021, arXiv:2101.03961, eq. 4); small logits (ST-MoE)
-No token is dropped and nothing is padded: tokens are sorted by expert, and each product has as many rows as it has
-tokens. Around it a Llama decoder: RMSNorm, rotary positions, grouped key and value heads; in Grok-1 a soft cap on the
-attention's scores, norms after attention and experts too, and factors on embedding and output.
+    loss   += aux E sum_e f_e P_e                           f_e = choices of e per token, P_e = mean p: even loads
+            + z mean(logsumexp(W_g h)^2)                    (Fedus et al. 2021, arXiv:2101.03961, eq. 4); ST-MoE
+No token is dropped (but by --capacity) and nothing is padded: tokens are sorted by expert, and each product has as
+many rows as it has tokens. Around it a Llama decoder: RMSNorm, rotary positions, grouped key and value heads; in
+Grok-1 a soft cap on the attention's scores, norms after attention and experts too, and factors on embedding and output.
 
 Run:     python moe.py                                          trains on tiny Shakespeare, then prints a sample
          python moe.py --experts 1 --top-k-experts 1 --ffn-dim N       its dense twin
@@ -79,7 +79,7 @@ except ModuleNotFoundError:  # this file alone: the same operations in plain PyT
         y = torch.cat(rows)[order.argsort()]  # (N K, C), in the order of the choices again
         return (y.view(*chosen.shape, -1) * weights[..., None]).sum(1).to(y.dtype)
 
-    def attention(q, k, v, causal=True, softcap=0.0):  # softmax(q k^T / sqrt(D)) v; query i sees keys up to i + Tk - Tq
+    def attention(q, k, v, softcap=0.0):  # softmax(q k^T / sqrt(D)) v; query i sees keys up to i + Tk - Tq
         Tq, Tk = q.shape[2], k.shape[2]
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
         if not softcap:
@@ -240,7 +240,7 @@ class Attention(nn.Module):
         if cache is not None:  # (2, B, Hkv, room, D): keys and values of the t tokens before x, and room for more
             cache[0, :, :, t : t + T], cache[1, :, :, t : t + T] = k, v
             k, v = cache[:, :, :, : t + T]  # (B, Hkv, t+T, D)
-        y = attention(q, k, v, causal=True, softcap=self.softcap)  # softcap c: softmax(c tanh(s / c))
+        y = attention(q, k, v, softcap=self.softcap)  # softcap c: softmax(c tanh(s / c))
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -333,13 +333,11 @@ class Model(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        for name in ("kv_heads", "top_k_experts"):
-            n, whole = getattr(cfg, name), cfg.heads if name == "kv_heads" else cfg.experts
-            if n > whole or name == "kv_heads" and whole % n:
-                bad(f"{flag(name)} {n}: "
-                    f"""{f'--heads {whole} must be divisible by it' if name == 'kv_heads'
-                         else f'there are --experts {whole}'}""")
-        if cfg.head_dim % 2 or cfg.head_dim * cfg.heads < cfg.dim:
+        if cfg.heads % cfg.kv_heads:
+            bad(f"--kv-heads {cfg.kv_heads}: --heads {cfg.heads} must be divisible by it")
+        if cfg.top_k_experts > cfg.experts:
+            bad(f"--top-k-experts {cfg.top_k_experts}: there are --experts {cfg.experts}")
+        if cfg.head_dim % 2 or cfg.head_dim == cfg.dim // cfg.heads and cfg.dim % cfg.heads:
             bad(f"--heads {cfg.heads}: --dim {cfg.dim} must be divisible by twice that (pairs are rotated)")
         if cfg.act not in ("silu", "gelu"):
             bad(f"--act {cfg.act}: one of silu, gelu")
@@ -399,7 +397,7 @@ class Model(nn.Module):
             self.log = (share, entropy.sum() / (c.layers * N),
                         dropped.sum() / (c.layers * N * c.top_k_experts), balance.detach())
             for block, s in zip(self.model.layers, share) if c.bias_rate else ():  # too little load: chosen more
-                block.mlp.gate.e_score_correction_bias += c.bias_rate * (1 / c.experts - s).sign()
+                block.mlp.gate.e_score_correction_bias += c.bias_rate / c.accum * (1 / c.experts - s).sign()
         return c.aux * balance + c.z * z.sum() / (c.layers * N)
 
     def prepare(self, cast):
@@ -487,19 +485,19 @@ class Model(nn.Module):
         dense_only(config, path, "--upcycle")
         config |= dict(experts=overrides.pop("experts", Config.experts),
                        top_k_experts=overrides.pop("top_k_experts", Config.top_k_experts))
+        generator = torch.Generator().manual_seed(overrides.get("seed", 0))
         for k in [k for k in tensors if ".mlp." in k]:
             if ".experts." in k:
                 tensors[k] = tensors[k].expand(config["experts"], -1, -1)
             else:
-                tensors[k] = torch.randn(config["experts"], config["dim"],
-                                         generator=torch.Generator().manual_seed(overrides.get("seed", 0))) * 0.02
+                tensors[k] = torch.randn(config["experts"], config["dim"], generator=generator) * 0.02
         return cls.build(config, tensors, path, **overrides)
 
     @classmethod
     def merge(cls, sources, prompts="", **overrides):
         """Several dense models of one shape -> all but the MLPs from the first, an expert from each. The gate's row
         for an expert is the mean of what enters the layer at the last token of the prompts for it, less that for its
-        !prompts, at length 1 (mergekit-moe)."""
+        !prompts, at length 1 (mergekit-moe, which puts a begin-of-text token before each)."""
         paths = [find_checkpoint(s) for s in sources]
         found = [read_decoder(p) for p in paths]
         for (config, tensors), path in zip(found, paths):
@@ -599,21 +597,20 @@ def read_decoder(path):
             "and as dense ones llama, mistral")
     dense = kind in ("llama", "mistral")
     try:
-        c = dict(layers=config["num_hidden_layers"], heads=config["num_attention_heads"],
-                 dim=config["hidden_size"], vocab=config["vocab_size"])
-        c |= dict(ffn_dim=config["intermediate_size"], positions=config["max_position_embeddings"],
-                  eps=config["rms_norm_eps"])
+        c = dict(layers=config["num_hidden_layers"], heads=config["num_attention_heads"], dim=config["hidden_size"],
+                 vocab=config["vocab_size"], ffn_dim=config["intermediate_size"],
+                 positions=config["max_position_embeddings"], eps=config["rms_norm_eps"])
         c |= dict(experts=1, top_k_experts=1) if dense else dict(
             experts=config["num_local_experts"] if "num_local_experts" in config else config["num_experts"],
             top_k_experts=config["num_experts_per_tok"])  # fmt: skip
     except KeyError as e:
         bad(f"{path}: config.json has no {e}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    c |= dict(kv_heads=config.get("num_key_value_heads") or c["heads"],
-              head_dim=config.get("head_dim") or c["dim"] // c["heads"])
-    c |= dict(theta=float(config.get("rope_theta") or rope.get("rope_theta", 1e4 if kind != "mixtral" else 1e6)))
     end = config.get("eos_token_id")
-    c |= dict(tied=bool(config.get("tie_word_embeddings", kind == "grok-1")),
+    c |= dict(kv_heads=config.get("num_key_value_heads") or c["heads"],
+              head_dim=config.get("head_dim") or c["dim"] // c["heads"],
+              theta=float(config.get("rope_theta") or rope.get("rope_theta", 1e4 if kind != "mixtral" else 1e6)),
+              tied=bool(config.get("tie_word_embeddings", kind == "grok-1")),
               stop=set(end) if isinstance(end, list) else {end} - {None})
     if kind == "grok-1":  # xAI's numbers, where the file does not say otherwise
         c |= {k: config.get(name, PRESETS["grok-1"].get(k, getattr(Config, k))) for k, name in GROK.items()}
@@ -1062,43 +1059,7 @@ def first_line(e):
     return (str(e) or type(e).__name__).splitlines()[0][:120]
 
 
-def read_checkpoint(path):
-    """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
-    folder = path if path.is_dir() else path.parent
-    try:
-        config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
-        if not isinstance(config, dict):
-            raise TypeError("config.json holds no names")
-        if path.is_file():
-            files = [path]
-        elif index.is_file():
-            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        else:
-            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file()
-                               else "pytorch_model.bin")]
-        tensors = {}
-        for f in files:
-            tensors |= (load_file(f) if f.suffix == ".safetensors"
-                        else torch.load(f, map_location="cpu", weights_only=True))
-        return config, tensors
-    except FileNotFoundError as e:
-        bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
-    except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
-        bad(f"{path}: damaged, or not a checkpoint ({first_line(e)})")
-
-
-def load_strict(model, tensors, path):
-    """Copy tensors into the model; one that is missing, left over or of another shape is named and refused."""
-    own = model.state_dict()
-    for k in sorted(own.keys() | tensors.keys()):
-        if k not in tensors or k not in own:
-            bad(f"{path}: {'no tensor' if k in own else 'unknown tensor'} {k}")
-        if tensors[k].shape != own[k].shape:
-            bad(f"{path}: {k} is {tuple(tensors[k].shape)}, but {tuple(own[k].shape)} is asked for")
-    model.load_state_dict(tensors)
-
-
-def sharded(cfg):
+def sharded():
     """With --fsdp every process holds a part: these make and take whole state dicts on the first one."""
     from torch.distributed.checkpoint import state_dict as D
 
@@ -1110,7 +1071,7 @@ def save(cfg, model, optimizers, tok, step, best):
     (load_run ends the second)."""
     weights, states = model.state_dict, [o.state_dict for o in optimizers]
     if cfg.fsdp:
-        D, how = sharded(cfg)
+        D, how = sharded()
         weights = functools.partial(D.get_model_state_dict, model, options=how)
         states = [functools.partial(D.get_optimizer_state_dict, model, o, options=how) for o in optimizers]
     weights, states = weights(), [s() for s in states]
@@ -1164,6 +1125,46 @@ def load_tokenizer(path, vocab):
 # ----- end -----
 
 
+# ----- read (shared) -----
+def read_checkpoint(path):
+    """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
+        if not isinstance(config, dict):
+            raise TypeError("config.json holds no names")
+        if path.is_file():
+            files = [path]
+        elif index.is_file():
+            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        else:
+            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file()
+                               else "pytorch_model.bin")]
+        tensors = {}
+        for f in files:
+            tensors |= (load_file(f) if f.suffix == ".safetensors"
+                        else torch.load(f, map_location="cpu", weights_only=True))
+        return config, tensors
+    except FileNotFoundError as e:
+        bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
+    except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
+        bad(f"{path}: damaged, or not a checkpoint ({first_line(e)})")
+
+
+def load_strict(model, tensors, path):
+    """Copy tensors into the model; one that is missing, left over or of another shape is named and refused."""
+    own = model.state_dict()
+    for k in sorted(own.keys() | tensors.keys()):
+        if k not in tensors or k not in own:
+            bad(f"{path}: {'no tensor' if k in own else 'unknown tensor'} {k}")
+        if tensors[k].shape != own[k].shape:
+            bad(f"{path}: {k} is {tuple(tensors[k].shape)}, but {tuple(own[k].shape)} is asked for")
+    model.load_state_dict(tensors)
+
+
+# ----- end -----
+
+
 # ----- train (shared) -----
 def pick_device(cfg):
     """-> (device, rank, world size); under torchrun each process takes its own GPU."""
@@ -1188,8 +1189,8 @@ def pick_device(cfg):
 
 def bf16_pays(device, model, batch):
     """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if faster, a whole micro-step."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False), "auto"
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False), "auto"
 
     def fastest(run):
         times = [(time.perf_counter(), run(), time.perf_counter()) for _ in range(3)]
@@ -1205,7 +1206,10 @@ def bf16_pays(device, model, batch):
     b = a.bfloat16()
     if fastest(lambda: b @ b) > fastest(lambda: a @ a):
         return False, "auto: matrices multiply more slowly in bf16 here"
+    buffers = [(b, b.clone()) for b in model.buffers()]  # a step may move them
     fp32, bf16 = fastest(lambda: step(False)), fastest(lambda: step(True))
+    for b, before in buffers:
+        b.copy_(before)
     return bf16 < fp32, f"auto: a micro-step takes {fp32 * 1e3:.0f} ms in fp32, {bf16 * 1e3:.0f} ms in bf16"
 
 
@@ -1244,7 +1248,7 @@ def train(cfg, given, model, tok, state):
     if cfg.dtype == "auto":
         cast, why = bf16_pays(device, run, [t.to(device) for t in train_data.batch(cfg, 0, 0, rank, world)])
     if world > 1:
-        (cast, why), _ = shared = [(cast, why), None]
+        shared = [(cast, why)]
         dist.broadcast_object_list(shared)
         cast, why = shared[0]
     cfg.dtype = "bf16" if cast else "fp32"  # --resume stays with it: measured again, it could come out otherwise
@@ -1253,17 +1257,19 @@ def train(cfg, given, model, tok, state):
     if cfg.fsdp:
         from torch.distributed.fsdp import fully_shard
 
+        mesh = dist.device_mesh.init_device_mesh(device.type, (world,))
         for part in [*(m for m in model.modules() if isinstance(m, Block)), model]:
-            fully_shard(part, mesh=dist.device_mesh.init_device_mesh(device.type, (world,)))
+            fully_shard(part, mesh=mesh)
     optimizers = make_optimizers(model, cfg)
     step, best, val, rows = 0, math.inf, None, []
     if state:
-        step, best, val = state["step"], state["best"], None
         rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline=""))
-                if r and r[0].isdigit() and int(r[0]) <= step]
+                if r and r[0].isdigit() and int(r[0]) <= state["step"]]
+        # it was saved before its last evaluation
+        step, best = state["step"], min([state["best"], *(float(r[4]) for r in rows if r[4])])
         for o, s in zip(optimizers, state["optimizers"]):
             if cfg.fsdp:
-                D, how = sharded(cfg)
+                D, how = sharded()
                 D.set_optimizer_state_dict(model, o, s, options=how)
             else:
                 try:
@@ -1280,7 +1286,7 @@ def train(cfg, given, model, tok, state):
     form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
     about = (train_data.about() if unit != "token"
              else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}")
-    say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {about}")
+    say(f"{ME}: {sum(p.numel() for p in params):,} trained parameters | {cfg.data}: {about}")
     say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | "
         f"{cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
     say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | "
@@ -1335,7 +1341,7 @@ def train(cfg, given, model, tok, state):
             val = evaluate(run, val_data, cfg, device, cast)
             best = min(best, val)
             if hasattr(model, "snapshot") and rank == 0 and not cfg.fsdp:
-                model.snapshot(tok, val_data.start(), step)
+                model.snapshot(val_data.start(), step)
         if due:
             swap(optimizers)
         if due or step % cfg.log_every == 0 or step == begun + 1:

@@ -74,7 +74,7 @@ class Config:
     layers: int = 2  # residual blocks of a level on the way down; on the way up there is one more
     heads: int = 8  # attention heads, at every level
     groups: int = 32  # of a group norm
-    size: int = 0  # side of what is diffused; 0: the data's
+    size: int = 0  # side of the pictures, of which latents are smaller; 0: the data's
     channels: int = 0  # its channels: 3 for colours, 1 for grey, those of the latents with a VAE; 0: the data's
     cond: str = "text"  # none | class | text
     classes: int = 0  # labels that --cond class knows; 0: as many as the data has
@@ -149,8 +149,8 @@ PRESETS = {
     "gpu": dict(widths=(128, 256, 256), attn=(0, 1, 1), heads=8, dim=256, text_layers=4, text_heads=4,
                 vae_widths=(64, 128, 256), batch=64, steps=20_000, lr=2e-4, lr_end=0.0, warmup=200, ema=0.999,
                 eval_every=1000),
-    # Stable Diffusion 1.x, with its recipe for one GPU: fine-tune with --init, or train in the latents of --vae
-    "sd1": dict(captions=77, vocab=49408, objective="ddpm", betas="scaled", scale=0.18215, size=64, channels=4,
+    # Stable Diffusion 1.x, to be fine-tuned with --init sd1 or a folder
+    "sd1": dict(captions=77, vocab=49408, objective="ddpm", betas="scaled", scale=0.18215, size=512, channels=4,
                 batch=4, accum=8, ckpt=True, steps=100_000, warmup=1000, sampler="ddim", guidance=7.5,
                 optim="adamw8bit", eval_every=1000),
 }  # fmt: skip
@@ -222,8 +222,8 @@ class Diffusion(nn.Module):
         drop = u[:, 1] < self.cfg.drop if self.training else None
         t, c = LEVELS * u[:, 0], x0.shape[1]
         if self.cfg.objective == "flow":
-            if self.training:  # most often in the middle, where forms are decided: logit-normal, Esser et al. 2024,
-                t = LEVELS * torch.sigmoid(torch.special.ndtri(u[:, 0]) + 0.5)  # arXiv:2403.03206, eq. 19
+            if self.training:  # most often past the middle, where forms are decided: logit-normal with mean 0.5,
+                t = LEVELS * torch.sigmoid(torch.special.ndtri(u[:, 0]) + 0.5)  # Esser et al. 2024, 2403.03206, eq. 19
             s = (t / LEVELS).view(-1, 1, 1, 1)
             return F.mse_loss(self((1 - s) * x0 + s * noise, t, cond, mask, drop).float(), noise - x0)
         t = t.long().clamp(max=LEVELS - 1)
@@ -318,7 +318,7 @@ class Diffusion(nn.Module):
     def averages(self):
         return [EMA([p for p in self.parameters() if p.requires_grad], self.cfg.ema)]
 
-    def snapshot(self, tok, asked, step):
+    def snapshot(self, asked, step):
         draw_grid(self.cfg, self, asked, f"{self.cfg.out}/grid_{step}.png")
 
 
@@ -371,6 +371,11 @@ class GroupNorm(nn.Module):
         return group_norm_silu(x, self.weight, self.bias, self.groups, self.eps, self.silu)
 
 
+def zero(layer):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
         return layer_norm(x, self.weight, self.bias, self.eps)
@@ -385,7 +390,7 @@ class ResBlock(nn.Module):
         self.norm2 = GroupNorm(groups, C, eps)
         self.conv2 = nn.Conv2d(C, C, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(C_in, C, 1) if C_in != C else None
-        nn.init.zeros_(self.conv2.weight)  # LDM: a block begins as the identity
+        zero(self.conv2)  # LDM: a block begins as the identity
 
     def forward(self, x, e=None):
         """x (B, C_in, h, w), e (B, time): silu of the time's embedding, or None -> (B, C, h, w)."""
@@ -453,7 +458,7 @@ class Transformer(nn.Module):
         self.proj_in = nn.Conv2d(C, C, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(C, context, heads)])
         self.proj_out = nn.Conv2d(C, C, 1)
-        nn.init.zeros_(self.proj_out.weight)
+        zero(self.proj_out)
 
     def forward(self, x, text, mask=None):
         y = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, T, C)
@@ -574,7 +579,7 @@ class Model(Diffusion):
             C = w
         self.conv_norm_out = GroupNorm(cfg.groups, C, 1e-5)
         self.conv_out = nn.Conv2d(C, cfg.channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
+        zero(self.conv_out)
         self.text_encoder = text_encoder or (None if cfg.features else TextEncoder(cfg))
         self.vae = vae or (VAE.from_pretrained(cfg.vae) if cfg.vae else None)
         if self.vae:
@@ -669,7 +674,11 @@ class Model(Diffusion):
     def from_pretrained(cls, source, **overrides):
         """source: a folder or hub name (owner/name) with unet/, vae/, text_encoder/ and scheduler/, all but the first
         optional; or a U-Net's own folder; or a VAE's, which is returned. overrides: fields of Config."""
-        config = json.loads(Path(source, "config.json").read_text()) if Path(source, "config.json").is_file() else {}
+        source = HUB.get(source, source)
+        config, noise = (json.loads(f.read_text()) if f.is_file() else {}
+                         for f in (Path(source, "config.json"), Path(source, "scheduler", "scheduler_config.json")))
+        if noise.get("prediction_type", "epsilon") != "epsilon":
+            bad(f"{source}: its scheduler has prediction_type {noise['prediction_type']!r}; this file has epsilon")
         if config.get("_class_name") == "AutoencoderKL" or overrides.get("stage") == "vae":
             return VAE.from_pretrained(source if config else f"{source}/vae", **overrides)
         run = overrides | dict(vae="")
@@ -1171,15 +1180,6 @@ class Images:
         return self.cond[at], None if self.mask is None else self.mask[at]
 
 
-def example(cfg, batch):
-    """A batch of the right shapes, for plans and timings."""
-    cond = dict(none=torch.zeros(batch).long(), text=torch.randint(32, 127, (batch, cfg.captions))).get(cfg.cond)
-    cond = (torch.randint(max(1, cfg.classes), (batch,)) if cond is None
-            else torch.randn(*cond.shape, cfg.features) if cfg.features else cond)
-    x = torch.randn(batch, *Model.noise_shape(cfg))
-    return x, cond, torch.rand(batch, 2), torch.randn_like(x)
-
-
 def read_pictures(folder, size):
     """A folder of pictures -> uint8 (N, size, size, 3), captions (.txt beside one, or its name), labels (subfolder)."""
     try:
@@ -1212,7 +1212,7 @@ def read_npz(path):
         with np.load(path, allow_pickle=False) as z:
             arrays = {k: z[k] for k in z.files}
     except Exception as e:  # a damaged zip, an array of objects, no file
-        bad(f"--data {path}: cannot be read as .npz ({str(e).splitlines()[0][:100]})")
+        bad(f"--data {path}: cannot be read as .npz ({first_line(e)})")
     images = arrays.get("images", arrays.get("latents"))
     if images is None or images.ndim not in (3, 4) or images.dtype != np.uint8 and images.dtype.kind != "f":
         bad(f"--data {path}: needs images, uint8 (N, h, w) or (N, h, w, c), or latents as floats (N, c, h, w); "
@@ -1423,8 +1423,10 @@ class Tokenizer(Tokenizer):
 
 def clip_words(cfg):
     """CLIP's tokenizer from --init's tokenizer/, if any: lower case, words and marks apart, merged by byte pairs."""
-    if not cfg.init or cfg.vocab != CLIP or cfg.cond != "text":
+    if cfg.vocab != CLIP or cfg.cond != "text" or cfg.features:
         return None
+    if not cfg.init:
+        bad(f"--vocab {CLIP}: CLIP's words and weights come from a checkpoint, and --init names none (--init sd1)")
     try:
         here = (Path(cfg.init, "tokenizer") if Path(cfg.init).exists()
                 else find_checkpoint(f"{cfg.init}/tokenizer/vocab.json").parent)
@@ -1580,43 +1582,7 @@ def first_line(e):
     return (str(e) or type(e).__name__).splitlines()[0][:120]
 
 
-def read_checkpoint(path):
-    """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
-    folder = path if path.is_dir() else path.parent
-    try:
-        config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
-        if not isinstance(config, dict):
-            raise TypeError("config.json holds no names")
-        if path.is_file():
-            files = [path]
-        elif index.is_file():
-            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        else:
-            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file()
-                               else "pytorch_model.bin")]
-        tensors = {}
-        for f in files:
-            tensors |= (load_file(f) if f.suffix == ".safetensors"
-                        else torch.load(f, map_location="cpu", weights_only=True))
-        return config, tensors
-    except FileNotFoundError as e:
-        bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
-    except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
-        bad(f"{path}: damaged, or not a checkpoint ({first_line(e)})")
-
-
-def load_strict(model, tensors, path):
-    """Copy tensors into the model; one that is missing, left over or of another shape is named and refused."""
-    own = model.state_dict()
-    for k in sorted(own.keys() | tensors.keys()):
-        if k not in tensors or k not in own:
-            bad(f"{path}: {'no tensor' if k in own else 'unknown tensor'} {k}")
-        if tensors[k].shape != own[k].shape:
-            bad(f"{path}: {k} is {tuple(tensors[k].shape)}, but {tuple(own[k].shape)} is asked for")
-    model.load_state_dict(tensors)
-
-
-def sharded(cfg):
+def sharded():
     """With --fsdp every process holds a part: these make and take whole state dicts on the first one."""
     from torch.distributed.checkpoint import state_dict as D
 
@@ -1628,7 +1594,7 @@ def save(cfg, model, optimizers, tok, step, best):
     (load_run ends the second)."""
     weights, states = model.state_dict, [o.state_dict for o in optimizers]
     if cfg.fsdp:
-        D, how = sharded(cfg)
+        D, how = sharded()
         weights = functools.partial(D.get_model_state_dict, model, options=how)
         states = [functools.partial(D.get_optimizer_state_dict, model, o, options=how) for o in optimizers]
     weights, states = weights(), [s() for s in states]
@@ -1682,6 +1648,46 @@ def load_tokenizer(path, vocab):
 # ----- end -----
 
 
+# ----- read (shared) -----
+def read_checkpoint(path):
+    """A folder or a weights file in one -> config.json as a dict, tensors by name. Only plain tensors are unpickled."""
+    folder = path if path.is_dir() else path.parent
+    try:
+        config, index = json.loads((folder / "config.json").read_text()), folder / "model.safetensors.index.json"
+        if not isinstance(config, dict):
+            raise TypeError("config.json holds no names")
+        if path.is_file():
+            files = [path]
+        elif index.is_file():
+            files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        else:
+            files = [folder / ("model.safetensors" if (folder / "model.safetensors").is_file()
+                               else "pytorch_model.bin")]
+        tensors = {}
+        for f in files:
+            tensors |= (load_file(f) if f.suffix == ".safetensors"
+                        else torch.load(f, map_location="cpu", weights_only=True))
+        return config, tensors
+    except FileNotFoundError as e:
+        bad(f"{e.filename or path}: not found; a checkpoint is a folder with config.json and model.safetensors")
+    except Exception as e:  # damaged JSON, safetensors, zip: each library has its own exceptions
+        bad(f"{path}: damaged, or not a checkpoint ({first_line(e)})")
+
+
+def load_strict(model, tensors, path):
+    """Copy tensors into the model; one that is missing, left over or of another shape is named and refused."""
+    own = model.state_dict()
+    for k in sorted(own.keys() | tensors.keys()):
+        if k not in tensors or k not in own:
+            bad(f"{path}: {'no tensor' if k in own else 'unknown tensor'} {k}")
+        if tensors[k].shape != own[k].shape:
+            bad(f"{path}: {k} is {tuple(tensors[k].shape)}, but {tuple(own[k].shape)} is asked for")
+    model.load_state_dict(tensors)
+
+
+# ----- end -----
+
+
 # ----- train (shared) -----
 def pick_device(cfg):
     """-> (device, rank, world size); under torchrun each process takes its own GPU."""
@@ -1706,8 +1712,8 @@ def pick_device(cfg):
 
 def bf16_pays(device, model, batch):
     """--dtype auto -> (whether to cast, why). A CPU is asked: matrices first, then, if faster, a whole micro-step."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False), "auto"
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False), "auto"
 
     def fastest(run):
         times = [(time.perf_counter(), run(), time.perf_counter()) for _ in range(3)]
@@ -1723,7 +1729,10 @@ def bf16_pays(device, model, batch):
     b = a.bfloat16()
     if fastest(lambda: b @ b) > fastest(lambda: a @ a):
         return False, "auto: matrices multiply more slowly in bf16 here"
+    buffers = [(b, b.clone()) for b in model.buffers()]  # a step may move them
     fp32, bf16 = fastest(lambda: step(False)), fastest(lambda: step(True))
+    for b, before in buffers:
+        b.copy_(before)
     return bf16 < fp32, f"auto: a micro-step takes {fp32 * 1e3:.0f} ms in fp32, {bf16 * 1e3:.0f} ms in bf16"
 
 
@@ -1762,7 +1771,7 @@ def train(cfg, given, model, tok, state):
     if cfg.dtype == "auto":
         cast, why = bf16_pays(device, run, [t.to(device) for t in train_data.batch(cfg, 0, 0, rank, world)])
     if world > 1:
-        (cast, why), _ = shared = [(cast, why), None]
+        shared = [(cast, why)]
         dist.broadcast_object_list(shared)
         cast, why = shared[0]
     cfg.dtype = "bf16" if cast else "fp32"  # --resume stays with it: measured again, it could come out otherwise
@@ -1771,17 +1780,19 @@ def train(cfg, given, model, tok, state):
     if cfg.fsdp:
         from torch.distributed.fsdp import fully_shard
 
+        mesh = dist.device_mesh.init_device_mesh(device.type, (world,))
         for part in [*(m for m in model.modules() if isinstance(m, Block)), model]:
-            fully_shard(part, mesh=dist.device_mesh.init_device_mesh(device.type, (world,)))
+            fully_shard(part, mesh=mesh)
     optimizers = make_optimizers(model, cfg)
     step, best, val, rows = 0, math.inf, None, []
     if state:
-        step, best, val = state["step"], state["best"], None
         rows = [r for r in csv.reader(open(f"{cfg.out}/log.csv", newline=""))
-                if r and r[0].isdigit() and int(r[0]) <= step]
+                if r and r[0].isdigit() and int(r[0]) <= state["step"]]
+        # it was saved before its last evaluation
+        step, best = state["step"], min([state["best"], *(float(r[4]) for r in rows if r[4])])
         for o, s in zip(optimizers, state["optimizers"]):
             if cfg.fsdp:
-                D, how = sharded(cfg)
+                D, how = sharded()
                 D.set_optimizer_state_dict(model, o, s, options=how)
             else:
                 try:
@@ -1798,7 +1809,7 @@ def train(cfg, given, model, tok, state):
     form = "plain PyTorch" if ops is None else f"kernels/ ({ops.form(params[0])})"
     about = (train_data.about() if unit != "token"
              else f"{train_data.tokens:,} training tokens, {cfg.tok}, vocabulary {cfg.vocab:,}")
-    say(f"{ME}: {sum(p.numel() for p in params):,} parameters | {cfg.data}: {about}")
+    say(f"{ME}: {sum(p.numel() for p in params):,} trained parameters | {cfg.data}: {about}")
     say(f"{cfg.batch} x {seq} x {cfg.accum} = {per_step:,} {unit}s a step, {cfg.steps:,} steps | "
         f"{cfg.optim}, lr {cfg.lr:g}, seed {cfg.seed}")
     say(f"{device.type} x {world}, {torch.get_num_threads()} threads | {'bf16' if cast else 'fp32'} ({why}) | "
@@ -1853,7 +1864,7 @@ def train(cfg, given, model, tok, state):
             val = evaluate(run, val_data, cfg, device, cast)
             best = min(best, val)
             if hasattr(model, "snapshot") and rank == 0 and not cfg.fsdp:
-                model.snapshot(tok, val_data.start(), step)
+                model.snapshot(val_data.start(), step)
         if due:
             swap(optimizers)
         if due or step % cfg.log_every == 0 or step == begun + 1:

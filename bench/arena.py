@@ -10,8 +10,8 @@
 A run is the file's own command line, so it resumes and leaves what every run leaves, in out/arena/<size>-<seed>/<row>;
 a run that is there is not made again. Sizes count parameters without embedding and head and agree within 5%
 (tests/test_arena.py). `MB` is the most that tensors hold in a training step, `state` what generation carries after so
-many tokens; its speed is greedy, batch 1. Speeds, and `s`, the training's time at that speed, are those of the fastest
-seed: what else ran on the machine can only have slowed the others.
+many tokens; its speed is that of step(), batch 1. Speeds, and `s`, the training's time at that speed, are those of the
+fastest seed: what else ran on the machine can only have slowed the others.
 """
 
 import argparse
@@ -69,7 +69,8 @@ TRAIN = {
     "1M": "--batch 16 --seq 128 --steps 1000 --lr 3e-3 --warmup 50 --optim adamw --dtype fp32 --eval-every 125",
     "10M": "--batch 8 --seq 256 --steps 500 --lr 1e-3 --warmup 50 --optim adamw --dtype auto --eval-every 125",
 }
-# the models of recall and states: about 100,000 parameters, 64 wide (two blocks of Mamba are about one of the others)
+# the models of recall and states, 64 wide: about 100,000 parameters, rwkv 130,000, moe with all its experts 430,000
+# (two blocks of Mamba are about one of the others)
 TASK = {row: "--layers 2 --dim 64 --heads 2" for row in ("gpt2", "retnet", "bitnet", "moe")}
 TASK |= {"mamba-1": "--layers 3 --dim 64", "mamba-2": "--layers 3 --dim 64 --state 64 --head-dim 32",
          "rwkv": "--layers 2 --dim 64 --head-dim 32"}
@@ -141,8 +142,8 @@ def run(row, size, seed, data, seconds=0):
     result = dict(row=row, steps=int(log[-1]["step"]), tokens=int(log[-1]["tokens"]), seconds=float(log[-1]["seconds"]),
                   tok_s=statistics.median(float(r["tok_s"]) for r in log), val=float(log[-1]["val"]),
                   command=command[1:])  # fmt: skip
-    module, cfg, model = model_of(row, SIZES[size][row],
-                                  vocab=json.loads((out / "config.json").read_text())["vocab_size"])
+    _, cfg, model = model_of(row, SIZES[size][row],
+                             vocab=json.loads((out / "config.json").read_text())["vocab_size"])
     result |= dict(body=body(model), held=held(row, size, cfg.vocab), **speaking(row, size, cfg.vocab))
     (out / "arena.json").write_text(json.dumps(result, indent=2))
 
@@ -171,9 +172,8 @@ def speaking(row, size, vocab, contexts=(1024, 16384), count=32):
             start = time.perf_counter()
             _, state = model.step(token, state)
             times.append(time.perf_counter() - start)
-        size_of = lambda v: (v.nbytes if torch.is_tensor(v)
-                             else sum(map(size_of, v)) if isinstance(v, (list, tuple)) else 0)
-        found[f"speed_{T}"], found[f"state_{T}"] = 1 / statistics.median(times), sum(size_of(v) for v in state.values())
+        carried = sum(v.nbytes for v in state.values() if torch.is_tensor(v))
+        found[f"speed_{T}"], found[f"state_{T}"] = 1 / statistics.median(times), carried
     return found
 
 
@@ -247,7 +247,7 @@ def learn(row, examples, tests, vocab, steps, seed):
     model.eval()
     found = {}
     for name, test in tests.items():
-        x, y = (torch.from_numpy(a) for a in test(np.random.default_rng((seed, -1 & 0xFFFF)), 64))
+        x, y = (torch.from_numpy(a) for a in test(np.random.default_rng((seed, 65535)), 64))
         with torch.inference_mode():
             said = model(x).argmax(-1)
         found[name] = (said == y)[y >= 0].float().mean().item()

@@ -1,6 +1,6 @@
 """The files side by side: what each is, how long, how far from gpt2.py, what its `cpu` preset reaches in which time.
 
-    python bench/files.py run                    every file's cpu preset in turn: the rows of bench/RESULTS.md
+    python bench/files.py run                    the cpu presets that need no base, in turn: rows of bench/RESULTS.md
     python bench/files.py run mamba.py retnet.py --data my.txt
     python bench/files.py table --write          the README's table, from the files, this script and bench/RESULTS.md
 

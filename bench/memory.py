@@ -24,6 +24,7 @@ import functools
 import importlib.util
 import math
 import os
+import re
 import sys
 import weakref
 from pathlib import Path
@@ -170,18 +171,26 @@ def dry(fakes, device):
         yield
 
 
+def pictures(module, cfg, batch):
+    """A batch of the right shapes for dit.py or unet.py."""
+    cond = dict(none=torch.zeros(batch).long(), text=torch.randint(32, 127, (batch, cfg.captions))).get(cfg.cond)
+    cond = (torch.randint(max(1, cfg.classes), (batch,)) if cond is None
+            else torch.randn(*cond.shape, cfg.features) if cfg.features else cond)
+    x = torch.randn(batch, *module.Model.noise_shape(cfg))
+    return x, cond, torch.rand(batch, 2), torch.randn_like(x)
+
+
 class Run:
     """A model, its optimizers, and its training step as the file's train() does it. device None: for real, on a CPU."""
 
     def __init__(self, module, cfg, device=None):
-        self.cfg, self.device = cfg, device
+        self.module, self.cfg, self.device = module, cfg, device
         self.cast = cfg.dtype == "bf16" or cfg.dtype == "auto" and device == "cuda"
         # a fake tensor knows its mode: one for all steps. Tables that an op keeps are real, and become fake in there
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
         with self.world():
             self.model = module.Model(cfg)
             self.goal = self.model.objective() if hasattr(self.model, "objective") else self.model  # a batch -> loss
-            self.example = getattr(module, "example", lambda cfg, n: torch.randint(cfg.vocab, (2, n, cfg.seq)))
             if hasattr(self.model, "prepare"):  # as in train(): a frozen base is held in bf16
                 self.model.prepare(self.cast)
             self.optimizers = module.make_optimizers(self.model, cfg)
@@ -192,7 +201,8 @@ class Run:
         return dry(self.fakes, self.device) if self.device else contextlib.nullcontext()
 
     def step(self, batch):
-        tensors = self.example(self.cfg, batch)
+        tensors = (pictures(self.module, self.cfg, batch) if hasattr(self.module, "Images")
+                   else torch.randint(self.cfg.vocab, (2, batch, self.cfg.seq)))
         total = 0.0
         for _ in range(min(self.cfg.accum, 2)):  # from the second on, gradients are there during the forward pass
             with torch.autocast("cpu", torch.bfloat16, self.cast):
@@ -282,7 +292,7 @@ def load(path):
     except Exception as e:  # whatever a foreign file does
         bad(f"{path}: cannot be loaded ({type(e).__name__}: {e})")
     missing = [name for name in ("Config", "PRESETS", "Model", "parse", "make_optimizers") if not hasattr(module, name)]
-    if missing or not (hasattr(module.Config, "seq") or hasattr(module, "example")):
+    if missing or not (hasattr(module.Config, "seq") or hasattr(module, "Images")):
         bad(f"{path}: no model of this collection (it has no {', '.join(missing) or 'Config.seq'})")
     return module
 
@@ -298,10 +308,12 @@ def configure(module, flags):
     if given.get("init") or given.get("resume"):
         bad("--init and --resume: name the sizes instead (--preset, --layers, --dim, ...)")
     cfg = module.Config(**preset | given)
-    if hasattr(module, "example"):  # pictures: what the data would tell
+    if hasattr(module, "Images"):  # pictures: what the data would tell
         cfg.size, cfg.channels, cfg.classes = cfg.size or 32, cfg.channels or 3, cfg.classes or 10
     elif not cfg.vocab:
-        tok = cfg.tok or ("char" if cfg.data == "shakespeare" or cfg.data.endswith((".txt", ".jsonl")) else "gpt2")
+        script = ROOT / "data" / f"{cfg.data}.py"
+        own = re.search(r'^NAME, TOK = "\w+", "(\w+)"', script.read_text(), re.M) if script.is_file() else None
+        tok = cfg.tok or (own[1] if own else "char" if cfg.data.endswith((".txt", ".jsonl")) else "gpt2")
         cfg.vocab = VOCAB.get(tok) or module.Tokenizer(tok).vocab
     return cfg, device
 
@@ -338,9 +350,9 @@ def plan(file, flags):
     name, fixed, top = Path(file).name, run.fixed(), peak(cfg.batch)
     ops, count = sys.modules.get("kernels.norm"), sum(p.numel() for p in run.model.parameters())
     form = f"kernels/ ({'triton' if device == 'cuda' and triton else 'torch'})" if ops else "plain PyTorch"
-    pictures = hasattr(module, "example")
-    what = f"pictures of {cfg.size} x {cfg.size} x {cfg.channels}" if pictures else f"vocabulary {cfg.vocab:,}"
-    seq, unit = ("", "pictures") if pictures else (f"{cfg.seq} x ", "tokens")
+    images = hasattr(module, "Images")
+    what = f"pictures of {cfg.size} x {cfg.size} x {cfg.channels}" if images else f"vocabulary {cfg.vocab:,}"
+    seq, unit = ("", "pictures") if images else (f"{cfg.seq} x ", "tokens")
     how = f"{cfg.optim}, {'bf16 autocast' if run.cast else 'fp32'}{', ckpt' * cfg.ckpt}"
     print(f"{name} --preset {cfg.preset}: {count:,} parameters, {what}")
     print(f"{cfg.batch} x {seq}{cfg.accum} {unit} a step | {how} | {form} | a dry run for {device}\n")

@@ -3,8 +3,9 @@
     PEERS[file] = {name: make}       make(size, folder) -> loss(x, y), optimizer
     SPEAKERS[file] = {name: make}    make(folder of a checkpoint that our file saved) -> speak(x, n) -> n greedy tokens
 
-transformers, mambapy, rwkv are packages (pip); the others are checkouts in the folder of --peers: nanoGPT, minGPT,
-torchscale, RWKV-LM (its model code around fla's plain recurrence: its own is for CUDA) with flash-linear-attention.
+transformers, diffusers, mambapy, rwkv are packages (pip); the others are checkouts in the folder of --peers: nanoGPT,
+minGPT, DiT, torchscale, RWKV-LM (its model code around fla's plain recurrence: its own is for CUDA) with
+flash-linear-attention.
 """
 
 import importlib.util
@@ -222,7 +223,7 @@ def diffusers_dit(size, peers):
 
 
 # ---------------------------------------------------------------- unet.py
-# a batch is x0, the caption's features, u, noise (example() there)
+# a batch is x0, the caption's features, u, noise (example() in bench/memory.py)
 def flow_loss(predict):
     def loss(x0, cond, u, noise):
         s = u[:, :1, None, None]

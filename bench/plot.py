@@ -77,8 +77,8 @@ def draw(runs, x, out):
     shown = [y for y in shown if math.isfinite(y)]
     if shown and (low := min(shown)) < (high := max(shown)):
         axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-    axes.set_xlabel({"tokens": "training tokens", "seconds": "seconds of training", "step": "step"}[x])
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_xlabel({"tokens": "training tokens (pictures)", "seconds": "seconds of training", "step": "step"}[x])
+    axes.set_ylabel("loss")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

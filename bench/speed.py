@@ -22,7 +22,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-from memory import Tracker, peak_of  # noqa: E402
+from memory import Tracker, peak_of, pictures  # noqa: E402
 from peers import PEERS, SPEAKERS, VOCAB, load  # noqa: E402
 
 PICTURES = dict(layers=12, dim=384, heads=6, patch=4, size=32, channels=3, classes=10, cond="class",
@@ -98,14 +98,14 @@ def table(title, found, ours, unit, more=None):
 
 
 def train(name, module, me, flags, peers, n, bf16):
-    pictures, made = hasattr(module, "example"), {}  # dit.py and unet.py
-    size = (UNET if "widths" in module.NAMES else PICTURES) if pictures else SIZES[name]
+    images, made = hasattr(module, "Images"), {}  # dit.py and unet.py
+    size = (UNET if "widths" in module.NAMES else PICTURES) if images else SIZES[name]
     cfg = configure(module, size, flags)
     x = torch.randint(VOCAB, (size["batch"], size.get("seq", 1)))
-    batch = module.example(cfg, size["batch"]) if pictures else (x, x.roll(-1, 1))
+    batch = pictures(module, cfg, size["batch"]) if images else (x, x.roll(-1, 1))
     torch.manual_seed(0)
     model = module.Model(cfg)
-    goal = model.objective() if pictures else model
+    goal = model.objective() if images else model
     if hasattr(model, "prepare"):
         model.prepare(bf16)
     # no peer averages its weights
@@ -219,7 +219,7 @@ if __name__ == "__main__":
         ctypes.CDLL(None).mallopt(-3, 1 << 30)
     print(f"{torch.get_num_threads()} threads, matmul peak {matmul_peak(torch.float32) / 1e9:.0f} GFLOP/s in fp32, "
           f"{matmul_peak(torch.bfloat16) / 1e9:.0f} in bf16")
-    for name in [a.only] if a.only else ["large"] if hasattr(module, "example") else ["small", "large", "generate"]:
+    for name in [a.only] if a.only else ["large"] if hasattr(module, "Images") else ["small", "large", "generate"]:
         if name == "generate":
             generate(module, me, flags, a.rounds)
         elif name == "length":

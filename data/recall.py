@@ -5,7 +5,7 @@ Multi-query associative recall: what a model can look up in its own past
 An example is `pairs` keys, each with its value, then every key once more in another order; after each of these the
 value must follow. Attention looks the key up. A state of fixed size must have kept all pairs; it forgets when there are
 more than it holds.
-    k1 v1 k2 v2 k3 v3 | k2 ? k1 ? k3 ?    ? : -1 in `tokens`' place stands the value; only its prediction is in the loss
+    k1 v1 k2 v2 k3 v3 | k2 v2 k1 v1 k3    targets: the value after each key of the second half, -1 (ignored) elsewhere
 
 Examples are drawn from a seed, never stored: bench/arena.py trains and tests on them.
 

@@ -1,6 +1,7 @@
 """Triton kernels, one op per file, each with its definition in plain PyTorch.
 
-A file here stands alone: it imports torch and, where there is one, triton. Copy the ones you need.
+A file here stands alone: it imports torch and, where there is one, triton (bitlinear.py also norm.py, grouped_gemm.py
+activation.py). Copy the ones you need.
 
     from kernels.norm import rms_norm
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 SECTION = re.compile(r"^# ----- (\w+) \(shared\) -----\n.*?^# ----- end -----\n", re.S | re.M)
 # one owner per section: gpt2.py for text and for training, dit.py for images, a file of kernels/ for kernels
 OWNER = {name: "gpt2.py"
-         for name in ("cli", "data", "load", "schedule", "optimizer", "checkpoint", "train", "sample", "main")}
+         for name in ("cli", "data", "load", "schedule", "optimizer", "checkpoint", "read", "train", "sample", "main")}
 OWNER |= {name: "dit.py" for name in ("diffusion", "shapes", "images")}
 OWNER |= {"dispatch": "kernels/norm.py", "product": "kernels/matmul.py", "c": "kernels/bitlinear.py",
           "gemm": "kernels/attention.py"}

@@ -162,7 +162,6 @@ def test_torch_form(slow, monkeypatch):
     assert out[0].dtype == torch.bfloat16
     for a, b in zip([*out, *torch.autograd.grad(out, args, [torch.ones_like(o) for o in out])], results[2]):
         assert (a.float() - b).norm() / b.norm() < 2e-2
-    assert all(t.grad_fn is None for t in torch.autograd.grad(L.bit_linear(*args[:2], args[2:])[0].sum(), args[:3]))
 
 
 def test_libraries_are_kept(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import types
 from pathlib import Path
 
 import house
@@ -185,7 +186,7 @@ def test_parameter_groups():
         assert abs(s / want - 1) < 0.06, k
 
 
-def test_dropout_and_checkpointing_change_no_gradient_shape():
+def test_checkpointing_with_dropout():
     """Activation checkpointing recomputes with the same dropout: equal loss and gradients."""
     x, y = tokens(), tokens().roll(-1, 1)
     found = []
@@ -606,11 +607,18 @@ def test_help_names_every_flag(capsys):
     assert e.value.code == 0 and all(gpt2.flag(f.name) in text for f in dataclasses.fields(Config))
 
 
-def test_bf16_is_chosen_by_measuring():
-    """auto asks the machine, and says why; whichever it takes, the words have the numbers or the reason."""
+@pytest.mark.parametrize("seconds,want,words", [
+    ((1, 2, 4, 3), True, "a micro-step takes 4000 ms in fp32, 3000 ms in bf16"),
+    ((1, 2, 3, 4), False, "a micro-step takes 3000 ms in fp32, 4000 ms in bf16"),
+    ((2, 1), False, "matrices multiply more slowly in bf16 here")])
+def test_bf16_is_chosen_by_measuring(seconds, want, words, monkeypatch):
+    """auto asks the machine, and says why. By this clock products take seconds[:2] in bf16 and fp32, then a step in
+    fp32 and bf16 the others."""
+    ticks = iter(np.cumsum([t for s in seconds for t in 3 * (0, s)]))
+    monkeypatch.setattr(gpt2, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
     model = Model(Config(**TINY))
     cast, why = gpt2.bf16_pays(torch.device("cpu"), model, (tokens(), tokens()))
-    assert isinstance(cast, bool) and why.startswith("auto: ")
+    assert cast is want and why.startswith("auto: ") and words in why and next(ticks, None) is None
     assert all(p.grad is None for p in model.parameters())
     with torch.autocast("cpu", torch.bfloat16):
         assert model(tokens(), tokens()).dtype == torch.float32

@@ -39,6 +39,14 @@ def base(tmp_path):
     return tmp_path / "base"
 
 
+def with_B(model):
+    """B = 0, as it is at first, leaves A without a gradient: numbers in its place."""
+    for n, p in model.named_parameters():
+        if ".lora_B" in n:
+            p.data.normal_(std=0.02, generator=torch.Generator().manual_seed(p.numel()))
+    return model
+
+
 def refused(capsys, call):
     """What a mistake prints: one line, exit code 2."""
     capsys.readouterr()  # transformers' bars
@@ -159,7 +167,6 @@ def test_lora_both_ways(base, tmp_path, how):
              for k, p in theirs.named_parameters() if p.requires_grad}
     own = {k: p for k, p in ours.named_parameters() if p.requires_grad}
     assert own.keys() == grads.keys() and all(error(p.grad, grads[k]) < 1e-4 for k, p in own.items())
-    assert all(p.grad is None for p in ours.parameters() if not p.requires_grad)
     ours.save_adapter(tmp_path / "ours")
     again = PeftModel.from_pretrained(oracle(base), tmp_path / "ours").eval()
     assert error(again(x).logits, ours(x)) < 1e-5
@@ -259,7 +266,7 @@ def test_bf16_base_under_autocast(base):
     found = []
     for dtype, cast in (("fp32", False), ("bf16", True)):
         torch.manual_seed(0)
-        model = Model.from_pretrained(base, "lora", dtype=dtype)
+        model = with_B(Model.from_pretrained(base, "lora", dtype=dtype))
         assert ({p.dtype for p in model.parameters() if not p.requires_grad}
                 == {torch.bfloat16 if cast else torch.float32})
         with torch.autocast("cpu", torch.bfloat16, cast):
@@ -268,7 +275,7 @@ def test_bf16_base_under_autocast(base):
         found.append((loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (a, da), (b, db) = found
     assert abs(a.item() - b.item()) < 0.05 * a.item()
-    assert all(db[n].dtype == torch.float32 and error(db[n], g) < 0.2 for n, g in da.items() if g.norm() > 0)
+    assert all(db[n].dtype == torch.float32 and error(db[n], g) < 0.2 for n, g in da.items())
 
 
 RECORDED = dict(
@@ -290,14 +297,13 @@ def test_alone_gives_the_same_losses(base):
     x, y = tokens(), tokens().roll(-1, 1)
     for method, limit in (("lora", 1e-5), ("qlora", 2e-2)):
         torch.manual_seed(0)
-        a = Model.from_pretrained(base, method)
+        a = with_B(Model.from_pretrained(base, method))
         torch.manual_seed(0)
-        b = alone.Model.from_pretrained(base, method)
+        b = with_B(alone.Model.from_pretrained(base, method))
         for m in (a, b):
             m(x, y).backward()
         assert abs(a(x, y).item() - b(x, y).item()) < limit
-        assert all(error(q.grad, p.grad) < limit for p, q in zip(a.parameters(), b.parameters())
-                   if p.grad is not None and p.grad.norm() > 0)
+        assert all(error(q.grad, p.grad) < limit for p, q in zip(a.parameters(), b.parameters()) if p.requires_grad)
 
 
 # ---------------------------------------------------------------- conversations

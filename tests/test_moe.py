@@ -281,6 +281,9 @@ def test_bias_balances(tmp_path):
     again = Model.from_pretrained(tmp_path)
     bias = again.model.layers[1].mlp.gate.e_score_correction_bias
     assert again.cfg.bias_rate == 0.04 and bias.abs().max() > 0 and error(again.eval()(x), model.eval()(x)) < 1e-6
+    before = bias.clone()
+    moe.bf16_pays(torch.device("cpu"), again.train(), (x, x))  # --dtype auto tries steps, which must leave no trace
+    assert torch.equal(bias, before)
     grads = []
     for ckpt in (False, True):
         m = Model.from_pretrained(tmp_path, ckpt=ckpt, bias_rate=0.5)
@@ -342,7 +345,7 @@ def test_upcycle(tmp_path):
     model = Model.upcycle(tmp_path / "llama", experts=3, seed=1).eval()
     assert model.cfg.experts == 3 and error(model(tokens()), dense(tokens()).logits) < 1e-5
     gates = [b.mlp.gate.weight for b in model.model.layers]
-    assert all(0.01 < g.std() < 0.03 for g in gates)
+    assert all(0.01 < g.std() < 0.03 for g in gates) and not torch.equal(gates[0], gates[1])
     mine = randomised(Model(Config(**TINY | dict(experts=1, top_k_experts=1)))).eval()
     mine.save_pretrained(tmp_path / "mine")
     model = Model.upcycle(tmp_path / "mine", experts=4, top_k_experts=3).eval()
