@@ -614,7 +614,7 @@ def test_help_names_every_flag(capsys):
 def test_bf16_is_chosen_by_measuring(seconds, want, words, monkeypatch):
     """auto asks the machine, and says why. By this clock products take seconds[:2] in bf16 and fp32, then a step in
     fp32 and bf16 the others."""
-    ticks = iter(np.cumsum([t for s in seconds for t in 3 * (0, s)]))
+    ticks = iter(np.cumsum([t for s in seconds for t in 3 * (0, s)]).tolist())
     monkeypatch.setattr(gpt2, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
     model = Model(Config(**TINY))
     cast, why = gpt2.bf16_pays(torch.device("cpu"), model, (tokens(), tokens()))

@@ -235,7 +235,10 @@ def test_alone_gives_the_same():
     b.backward()
     assert abs(a.item() - b.item()) < 1e-5
     for (k, p), q in zip(model.named_parameters(), other.parameters()):
-        assert error(q.grad, p.grad) < 1e-4, k
+        if k.endswith("k_proj.bias"):  # the softmax does not feel it: 0, but for rounding
+            assert max(p.grad.abs().max(), q.grad.abs().max()) < 1e-9
+        else:
+            assert error(q.grad, p.grad) < 1e-4, k
 
 
 # ---------------------------------------------------------------- training
@@ -256,8 +259,8 @@ def overfit(cfg, batch, n=10):
 
 
 RECORDED = dict(
-    diffusion=[2.2605, 2.2315, 2.1523, 2.0019, 1.9434, 1.7550, 1.6587, 1.5424, 1.4426, 1.3547],
-    vae=[1.4688, 1.1651, 0.9296, 0.7680, 0.6687, 0.5781, 0.4986, 0.4473, 0.3897, 0.3484],
+    diffusion=[2.2672, 2.2378, 2.1588, 2.0150, 1.9449, 1.7798, 1.6691, 1.5601, 1.4596, 1.3714],
+    vae=[1.4811, 1.1823, 0.9136, 0.7660, 0.6467, 0.5604, 0.4813, 0.4281, 0.3741, 0.3226],
 )
 
 
