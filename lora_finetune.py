@@ -354,7 +354,7 @@ class Model(nn.Module):
             new = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
             at = at - torch.where(new, at, 0).cummax(1).values  # (B, T)
             mask = (segments[:, None, :] == segments[:, :, None]).tril()[:, None]  # (B, 1, T, T)
-        angle = at.view(-1, T, 1, 1) * frequencies(self.cfg).to(tokens.device)  # (B or 1, T, 1, D / 2)
+        angle = at.view(-1, T, 1, 1) * frequencies(self.cfg).to(tokens.device, non_blocking=True)  # (B or 1, T, 1, D/2)
         cos, sin = angle.cos(), angle.sin()
         x = F.embedding(tokens, self.model.embed_tokens.weight)
         for i, block in enumerate(self.model.layers):

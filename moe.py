@@ -359,7 +359,8 @@ class Model(nn.Module):
         """tokens (B, T) at positions t..t+T-1 -> the normed stream (B, T, C), each layer's counts. inputs: a list
         that gets what goes into each layer."""
         c, layers = self.cfg, self.model.layers
-        angle = torch.arange(t, t + tokens.shape[1], device=tokens.device)[:, None] * frequencies(c).to(tokens.device)
+        at = torch.arange(t, t + tokens.shape[1], device=tokens.device)
+        angle = at[:, None] * frequencies(c).to(tokens.device, non_blocking=True)  # (T, D / 2)
         cos, sin, all_counts = angle.cos(), angle.sin(), []  # (T, D / 2)
         x = F.embedding(tokens, self.model.embed_tokens.weight)  # (B, T, C)
         x = x * c.embed_mult if c.embed_mult != 1 else x

@@ -236,10 +236,11 @@ if triton is not None:
         m_scale, v_scale = tl.max(tl.abs(m), 1), tl.max(v, 1)  # [ROWS]
         tl.store(M_scale + row, m_scale, mask=m_row)
         tl.store(V_scale + row, v_scale, mask=m_row)
-        k = encode(tl.abs(m) / tl.maximum(m_scale, 1e-38)[:, None], 1)
+        # 1e-37: a number that fp32 does not have as a normal one would make all of it fp64
+        k = encode(tl.abs(m) / tl.maximum(m_scale, 1e-37)[:, None], 1)
         k = tl.where(m < 0, -tl.minimum(k, 127), k)  # the map has 1 but not -1
         tl.store(M + o, (k + 127).to(tl.uint8), mask=mask)
-        k = encode(v / tl.maximum(v_scale, 1e-38)[:, None], 2)
+        k = encode(v / tl.maximum(v_scale, 1e-37)[:, None], 2)
         tl.store(V + o, tl.maximum(k, 1).to(tl.uint8), mask=mask)
 
     # `step` is a tensor on the CPU that only the body reads: a dry run with fake tensors passes by
@@ -276,7 +277,7 @@ def adamw8bit_op(p: torch.Tensor, g: torch.Tensor, m: torch.Tensor, m_scale: tor
         adamw8bit_torch(q, g, *state, t, **hyper)
     else:
         how = scalars(t, lr, b1, b2, eps, weight_decay)
-        adamw8bit_kernel[(triton.cdiv(m_scale.numel(), 4),)](q, g, *state, p.numel(), *how, ROWS=4, BLOCK=BLOCK)
+        adamw8bit_kernel[(triton.cdiv(m_scale.numel(), 2),)](q, g, *state, p.numel(), *how, ROWS=2, BLOCK=BLOCK)
     if q is not p:
         p.copy_(q)
 
@@ -349,7 +350,8 @@ class AdamW(torch.optim.Optimizer):
         """As torch.optim's, but tensors are copied, and states of another kind or size raise ValueError."""
         if any(group.get("amsgrad") or group.get("maximize") for group in state_dict["param_groups"]):
             raise ValueError(f"{type(self).__name__}: no amsgrad, no maximize")
-        super().load_state_dict(state_dict)
+        # without tensors: torch.optim would cast all to the parameter's dtype on its device, codes to fp32, too
+        super().load_state_dict({**state_dict, "state": {}})
         params = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip([i for group in state_dict["param_groups"] for i in group["params"]], params):
             state, layout = state_dict["state"].get(i), self.layout(p)
@@ -359,7 +361,6 @@ class AdamW(torch.optim.Optimizer):
             want = {name: n for name, (n, _) in layout.items()}
             if got != want:
                 raise ValueError(f"{type(self).__name__}: states of parameter {i} are {got} long, expected {want}")
-            # torch.optim casts all to the parameter's dtype, codes and scales too, and may leave step on a GPU
             copy = {name: state[name].to(p.device, dtype, copy=True) for name, (_, dtype) in layout.items()}
             self.state[p] = {"step": torch.as_tensor(state["step"]).to("cpu", torch.float32, copy=True), **copy}
 

@@ -454,13 +454,13 @@ if triton is not None:
             o_m = (i * BM + tl.arange(0, BM)[:, None]).to(tl.int64)  # [BM, 1]; int64: row * K can pass 2^31
             m_m = o_m < M
             b_x = tl.load(x + o_m * K + o_k, mask=m_m & m_k, other=0.0).to(tl.float32)  # [BM, BK]
-            squares = tl.sum(b_x * b_x, 1, keep_dims=True)
-            r = tl.rsqrt(squares / K + eps)
+            r = tl.rsqrt(tl.sum(b_x * b_x, 1, keep_dims=True) / K + eps)
             b_h = b_x * r * b_g
             top = tl.maximum(tl.max(tl.abs(b_h), 1, keep_dims=True), 1e-5)
             b_q = tl.extra.libdevice.rint(b_h * (127.0 / top))
             tl.store(xq + o_m * K + o_k, b_q.to(tl.int8), mask=m_m & m_k)
-            inverse = tl.where(squares < float("inf"), top / 127.0, float("nan"))  # integers and a maximum hide a NaN
+            finite = tl.sum(b_h * b_h, 1, keep_dims=True) < float("inf")  # integers and a maximum hide a NaN
+            inverse = tl.where(finite, top / 127.0, float("nan"))
             tl.store(a_inv + o_m, inverse, mask=m_m)
             tl.store(rstd + o_m, r, mask=m_m)
 
@@ -560,6 +560,9 @@ if triton is not None:
         (M, K), N = xq.shape, wq.shape[0]
         y = torch.empty(M, N, dtype=dtype, device=xq.device)
         BM, BN, BK, warps, stages = (128, 128, 64, 8, 3) if M > 64 and N > 64 else (64, 64, 64, 4, 4)
+        if K % 16:  # zeros, so that rows begin where 16 bytes are one load
+            xq, wq = (torch.nn.functional.pad(t, (0, -K % 16)) for t in (xq, wq))
+            K = xq.shape[1]
         if M:
             int8_kernel[(triton.cdiv(M, BM) * triton.cdiv(N, BN),)](xq, a_inv, wq, s, y, M, N, K, BM=BM, BN=BN, BK=BK,
                                                                     num_warps=warps, num_stages=stages)
@@ -570,8 +573,10 @@ if triton is not None:
                          dtype: torch.dtype) -> torch.Tensor:
         (M, K), R = xq.shape, packed.shape[0]
         y = torch.empty(M, 4 * R, dtype=dtype, device=xq.device)
-        # generation: thin tiles, long K, so that many bytes are on their way; else four tiles of 64 x 32
-        BM, BR, BK, warps, stages = (16, 16, 256, 4, 4) if M <= 16 else (64, 32, 64, 4, 3)
+        # generation: thin tiles, long K, so that many bytes are on their way; else four tiles of 64 x 32. Where 16 does
+        # not divide K, bytes are loaded one by one, each with its own address: smaller ones
+        BM, BR, BK, warps, stages = (16, 16, 128 if K % 16 else 256, 4, 4) if M <= 16 else (
+            64, 16 if K % 16 else 32, 64, 4, 3)
         if M:
             packed_kernel[(triton.cdiv(M, BM) * triton.cdiv(R, BR),)](xq, a_inv, packed, s, y, M, R, K, BM=BM, BR=BR,
                                                                       BK=BK, num_warps=warps, num_stages=stages)
@@ -611,9 +616,10 @@ if triton is not None:
             dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
             xh = (xq * a_inv[:, None]).to(dys[0].dtype)
             dws = [(dy.t() @ xh).to(dtype) for dy, dtype in zip(dys, ctx.w_dtypes)]
-            dh = 0
+            dh = None
             for dy, wq, s in zip(dys, wqs[::2], wqs[1::2]):
-                dh = dh + dy @ (wq * s).to(dy.dtype)
+                w = wq * s.to(dy.dtype)
+                dh = dy @ w if dh is None else dh.addmm_(dy, w)
             if x.shape[1] <= 8192:
                 dx, dg = norm_bwd_op(dh, None, x, g, rstd[None], False)
                 dg = dg[0]

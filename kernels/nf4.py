@@ -185,7 +185,7 @@ if triton is not None:
             return tl.load(absmax + o_b, mask=m_b, other=0.0)
 
     @triton.jit
-    def quantize_kernel(w, table, packed, absmax, n, BB: tl.constexpr):
+    def quantize_kernel(w, table, packed, absmax, n, n_packed, BB: tl.constexpr):
         """BB blocks of 64 a program. table: midpoints between the levels; the index is the number of those below."""
         o_b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
         o = o_b[:, None] * 64 + tl.arange(0, 64)[None, :]
@@ -198,13 +198,13 @@ if triton is not None:
             level += (b_w > tl.load(table + i)).to(tl.int32)
         first, second = tl.split(tl.reshape(level, (BB, 32, 2)))                        # [BB, 32] each
         o = o_b[:, None] * 32 + tl.arange(0, 32)[None, :]
-        tl.store(packed + o, (first << 4 | second).to(tl.uint8), mask=o * 2 < n)
+        tl.store(packed + o, (first << 4 | second).to(tl.uint8), mask=o < n_packed)
 
     @triton.jit
-    def dequantize_kernel(packed, absmax, nested, offset, table, w, n, BB: tl.constexpr):
+    def dequantize_kernel(packed, absmax, nested, offset, table, w, n, n_packed, BB: tl.constexpr):
         o_b = tl.program_id(0).to(tl.int64) * BB + tl.arange(0, BB)
         o = o_b[:, None] * 32 + tl.arange(0, 32)[None, :]
-        b_p = tl.load(packed + o, mask=o * 2 < n, other=0)                              # [BB, 32]
+        b_p = tl.load(packed + o, mask=o < n_packed, other=0)                           # [BB, 32]
         b_w = tl.reshape(tl.join(level_of(b_p >> 4), level_of(b_p & 15)), (BB, 64))
         b_w *= load_scales(absmax, nested, offset, table, o_b, o_b * 64 < n)[:, None]
         o = o_b[:, None] * 64 + tl.arange(0, 64)[None, :]
@@ -237,7 +237,8 @@ if triton is not None:
         n, levels = w.numel(), table("levels", w.device)
         packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=w.device)
         absmax = torch.empty(triton.cdiv(n, 64), dtype=torch.float32, device=w.device)
-        quantize_kernel[(triton.cdiv(n, 64 * BB),)](w, (levels[:-1] + levels[1:]) / 2, packed, absmax, n, BB=BB)
+        quantize_kernel[(triton.cdiv(n, 64 * BB),)](w, (levels[:-1] + levels[1:]) / 2, packed, absmax, n,
+                                                    packed.numel(), BB=BB)
         return packed, absmax
 
     @custom_op("kernels::dequantize_nf4", mutates_args=())
@@ -246,7 +247,7 @@ if triton is not None:
         w = torch.empty(shape, dtype=dtype, device=packed.device)
         n = w.numel()
         dequantize_kernel[(triton.cdiv(n, 64 * BB),)](packed, absmax, nested, offset, table("map", packed.device), w, n,
-                                                      BB=BB)
+                                                      packed.numel(), BB=BB)
         return w
 
     @custom_op("kernels::nf4_linear", mutates_args=())

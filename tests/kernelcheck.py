@@ -508,6 +508,7 @@ class Launch:
             return dict(row, error=f"{type(e).__name__}: {str(e)[-600:]}")
         smem, warps = k.metadata.shared, k.metadata.num_warps
         row.update(warps=warps, stages=k.metadata.num_stages, smem=smem, fits=smem <= SHARED[arch])
+        row["fp64"] = len(re.findall(r"f64\b", k.asm["ttir"]))
         row["dots"] = len(re.findall(r"tt\.dot .*: tensor<[\dx]+x(?:bf16|f16|i8|f8\w+)>", k.asm["ttir"]))
         if not isinstance(arch, int):
             found = lambda p: int((re.search(p, k.asm["amdgcn"]) or [0, 0])[1])
@@ -595,6 +596,8 @@ def faults_of(row):
     bad = [] if row["fits"] else [f"{row['smem']} bytes of shared memory, a block has {SHARED[row['arch']]}"]
     if row["spills"] and row["arch"] == 89:  # elsewhere ptxas spills a handful far below the limit: it is in the rows
         bad.append(f"{row['spills']} spill instructions at {row['regs']} registers")
+    if row["fp64"]:  # a literal that fp32 does not hold is enough
+        bad.append("arithmetic in fp64, which has a 64th of fp32's rate")
     if row["dots"] and not row["tensor"]:
         bad.append("tl.dot without tensor cores")
     return bad

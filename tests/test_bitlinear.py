@@ -233,12 +233,12 @@ def bench_cases():
 def launches():
     """Training in both dtypes and tilings, the widest rows, packed products of one token and of many."""
     for dtype, M, k, N in ((torch.bfloat16, 256, 768, 256), (torch.float32, 64, 8192, 64),
-                           (torch.bfloat16, 64, 8640, 64)):
+                           (torch.bfloat16, 64, 8640, 64), (torch.bfloat16, 256, 5460, 256)):
         x, g, w = (torch.empty(s, dtype=dtype, requires_grad=True) for s in ((M, k), (k,), (N, k)))
         L.bit_linear(x, g, [w])
-    for M in (1, 256):
-        x, g = torch.empty(M, 2560, dtype=torch.bfloat16), torch.empty(2560, dtype=torch.bfloat16)
-        L.packed_linear(x, g, [(torch.empty(640, 2560, dtype=torch.uint8), torch.empty(()))])
+    for M, k in ((1, 2560), (256, 2560), (1, 5460), (256, 5460)):
+        x, g = torch.empty(M, k, dtype=torch.bfloat16), torch.empty(k, dtype=torch.bfloat16)
+        L.packed_linear(x, g, [(torch.empty(640, k, dtype=torch.uint8), torch.empty(()))])
 
 
 def test_compiles():

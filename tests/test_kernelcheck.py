@@ -60,6 +60,12 @@ def scalars_kernel(out, eps, flag, n, N: tl.constexpr):
 
 
 @triton.jit
+def tiny_literal_kernel(x, N: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(x + o, tl.maximum(tl.load(x + o), 1e-40))  # not a normal number of fp32: Triton takes fp64
+
+
+@triton.jit
 def break_kernel(out, N: tl.constexpr):
     for k in range(8):
         tl.store(out + k, 1.0)
@@ -149,6 +155,7 @@ def bad_launches():
     dot_kernel[(1,)](x, x, x, 512, N=64, maxnreg=32)  # 64x64 accumulators in 32 registers: spills
     dot_kernel[(1,)](x, x, x, 512, N=128, num_warps=8, num_stages=6)  # five buffers of 2 x 32 KiB: does not fit
     break_kernel[(1,)](x, N=4)
+    tiny_literal_kernel[(1,)](x, N=16)
 
 
 def test_machine_code():
@@ -158,8 +165,9 @@ def test_machine_code():
 
 
 def test_bad_machine_code_is_refused():
-    spills, large, refused = (K.faults_of(r) for r in K.compiled("test_kernelcheck", "bad_launches", (89,)))
+    spills, large, refused, wide = (K.faults_of(r) for r in K.compiled("test_kernelcheck", "bad_launches", (89,)))
     assert "spill instructions" in " ".join(spills) and "bytes of shared memory" in " ".join(large)
+    assert "fp64" in wide[0]
     assert "CompilationError" in refused[0] or "UnsupportedLanguageConstruct" in refused[0]
     with pytest.raises(AssertionError, match="spill instructions"):
         K.check_compiles("test_kernelcheck", "bad_launches", (89,))
