@@ -371,11 +371,6 @@ class GroupNorm(nn.Module):
         return group_norm_silu(x, self.weight, self.bias, self.groups, self.eps, self.silu)
 
 
-def zero(layer):
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-
-
 class LayerNorm(nn.LayerNorm):
     def forward(self, x):
         return layer_norm(x, self.weight, self.bias, self.eps)
@@ -390,7 +385,7 @@ class ResBlock(nn.Module):
         self.norm2 = GroupNorm(groups, C, eps)
         self.conv2 = nn.Conv2d(C, C, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(C_in, C, 1) if C_in != C else None
-        zero(self.conv2)  # LDM: a block begins as the identity
+        nn.init.zeros_(self.conv2.weight)  # as LDM, whose biases are 0, too: a block begins near the identity
 
     def forward(self, x, e=None):
         """x (B, C_in, h, w), e (B, time): silu of the time's embedding, or None -> (B, C, h, w)."""
@@ -458,7 +453,7 @@ class Transformer(nn.Module):
         self.proj_in = nn.Conv2d(C, C, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(C, context, heads)])
         self.proj_out = nn.Conv2d(C, C, 1)
-        zero(self.proj_out)
+        nn.init.zeros_(self.proj_out.weight)
 
     def forward(self, x, text, mask=None):
         y = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)  # (B, T, C)
@@ -579,7 +574,7 @@ class Model(Diffusion):
             C = w
         self.conv_norm_out = GroupNorm(cfg.groups, C, 1e-5)
         self.conv_out = nn.Conv2d(C, cfg.channels, 3, padding=1)
-        zero(self.conv_out)
+        nn.init.zeros_(self.conv_out.weight)
         self.text_encoder = text_encoder or (None if cfg.features else TextEncoder(cfg))
         self.vae = vae or (VAE.from_pretrained(cfg.vae) if cfg.vae else None)
         if self.vae:
