@@ -57,7 +57,8 @@ def form(x):
     """Which form of the op serves tensor x: "ref", "torch" or "triton"."""
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
-    return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+    kernels = x.is_cuda and triton is not None and x.dtype != torch.float64  # which compute in fp32
+    return KERNELS or ("triton" if kernels else "torch")
 
 
 def custom_op(name, mutates_args=()):
@@ -693,6 +694,8 @@ if triton is not None:
         fill = max(32, triton.next_power_of_2(D)) - D
         if fill:  # zeros make a head of 80 or 96 one of 128: masks along D cost narrow loads and registers, which spill
             q, k, v = (torch.nn.functional.pad(x, (0, fill)) for x in (q, k, v))
+        if not k.shape[2]:  # nothing to attend to: 0, as a sum over no keys
+            return torch.zeros_like(q)[..., :D]
         return attention_op(q, k, v, causal, scale, float(softcap))[0][..., :D]
 
 

@@ -56,7 +56,8 @@ def form(x):
     """Which form of the op serves tensor x: "ref", "torch" or "triton"."""
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
-    return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+    kernels = x.is_cuda and triton is not None and x.dtype != torch.float64  # which compute in fp32
+    return KERNELS or ("triton" if kernels else "torch")
 
 
 def custom_op(name, mutates_args=()):

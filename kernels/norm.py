@@ -63,7 +63,8 @@ def form(x):
     """Which form of the op serves tensor x: "ref", "torch" or "triton"."""
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
-    return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+    kernels = x.is_cuda and triton is not None and x.dtype != torch.float64  # which compute in fp32
+    return KERNELS or ("triton" if kernels else "torch")
 
 
 def custom_op(name, mutates_args=()):
@@ -465,7 +466,8 @@ if triton is not None:
         if w.shape != x.shape[-1:] or b is not None and b.shape != w.shape or r is not None and r.shape != x.shape:
             shapes = [tuple(t.shape) for t in (x, r, w, b) if t is not None]
             raise ValueError(f"norm: shapes {shapes}, expected x, r (..., C) and w, b (C,)")
-        return norm_op(x.contiguous(), None if r is None else r.contiguous(), w, b, eps, center)[:2]
+        x, r, w, b = (None if t is None else t.contiguous() for t in (x, r, w, b))
+        return norm_op(x, r, w, b, eps, center)[:2]
 
 
 def norm(x, r, w, b, eps, center):
@@ -645,7 +647,8 @@ if triton is not None:
         M, T, C, grid, config = modulate_config(s, 2 + (ds is not None) + (r is not None), 48)  # 48: sums are written
         dx = torch.empty_like(s)
         dr = s.new_empty(0) if r is None else torch.empty_like(r)
-        sums = torch.empty(2 if r is None else 3, grid[1], grid[0], C, dtype=torch.float32, device=s.device)
+        sums = (torch.empty if M else torch.zeros)(2 if r is None else 3, grid[1], grid[0], C, dtype=torch.float32,
+                                                   device=s.device)
         if M:
             modulate_bwd_kernel[grid](dy, ds, s, r, gate, scale, stats, dx, dr, sums, M, T, C,
                                       0 if r is None else gate.stride(0), scale.stride(0), **config)
@@ -944,7 +947,7 @@ if triton is not None:
     def group_norm_bwd_op(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, stats: torch.Tensor,
                           groups: int, silu: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """-> dx, and dw with db below it: (2, C) fp32."""
-        dx, sums = torch.empty_like(x), torch.empty(2, *x.shape[:2], dtype=torch.float32, device=x.device)
+        dx, sums = torch.empty_like(x), torch.zeros(2, *x.shape[:2], dtype=torch.float32, device=x.device)
         if x.numel():
             CG, P, config = group_config(x, groups)
             group_norm_bwd_kernel[(x.shape[0] * groups,)](dy, x, w, b, stats, dx, sums, groups, CG, P,
@@ -977,4 +980,4 @@ def group_norm_silu(x, w, b, groups, eps=1e-5, silu=True):
     if w.shape != x.shape[1:2] or b.shape != w.shape or x.shape[1] % groups:
         raise ValueError(f"group_norm_silu: shapes {[tuple(t.shape) for t in (x, w, b)]} and {groups} groups, "
                          "expected x (B, C, ...), w, b (C,), C % groups == 0")
-    return group_norm_op(x if last(x) else x.contiguous(), w, b, groups, eps, silu)[0]
+    return group_norm_op(x if last(x) else x.contiguous(), w.contiguous(), b.contiguous(), groups, eps, silu)[0]

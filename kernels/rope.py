@@ -42,7 +42,8 @@ def form(x):
     """Which form of the op serves tensor x: "ref", "torch" or "triton"."""
     if KERNELS == "triton" and triton is None:
         raise RuntimeError("KERNELS=triton: Triton is not installed (pip install triton, Linux only)")
-    return KERNELS or ("triton" if x.is_cuda and triton is not None else "torch")
+    kernels = x.is_cuda and triton is not None and x.dtype != torch.float64  # which compute in fp32
+    return KERNELS or ("triton" if kernels else "torch")
 
 
 def custom_op(name, mutates_args=()):
@@ -240,7 +241,7 @@ if triton is not None:
         m = (o_t < T) & (o_h < H)
         for i in range(tl.program_id(1), B, tl.num_programs(1)):
             i_b = i.to(tl.int64)
-            p_x = x + i_b * sx[0] + o_t.to(tl.int64) * sx[1] + o_h * sx[2]  # [BT, BH, 1]
+            p_x = x + i_b * sx[0] + o_t.to(tl.int64) * sx[1] + o_h.to(tl.int64) * sx[2]  # [BT, BH, 1]
             p_y = y + ((i_b * T + o_t) * H + o_h) * (2 * D2)
             if INTERLEAVED:
                 o_p = tl.arange(0, 2 * BD)[None, None, :]
@@ -266,7 +267,8 @@ if triton is not None:
         n_b = max(1, min(B, 2 * 46 // max(1, n_t)))
         rope_kernel[(n_t, n_b)](
             x, cos.contiguous(), sin.contiguous(), y, x.stride()[:3], B, T, H, D // 2, INVERSE=inverse,
-            INTERLEAVED=interleaved, BT=BT, BH=BH, BC=1 if cos.ndim == 2 else BH, BD=BD, num_warps=4)
+            INTERLEAVED=interleaved, BT=BT, BH=BH, BC=1 if cos.ndim == 2 else BH, BD=BD,
+            num_warps=4 if BH * BD <= 4096 else 8)
         return y
 
     @rope_op.register_fake

@@ -383,3 +383,25 @@ def test_runs_on_its_tensors_gpu(monkeypatch):
     with K.triton_form():
         norm.rms_norm(x, w)
     assert len(seen) == 1 and seen[0].data_ptr() == x.data_ptr()
+
+
+def test_strided_weights_and_no_rows():
+    """Weights with strides of their own, and sums over no rows, which are 0."""
+    g = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(s, generator=g)[..., 0] for s in ((2, 4, 8, 1), (8, 2), (4, 2)))
+    with K.triton_form():
+        torch.testing.assert_close(norm.rms_norm(x, w), norm.rms_norm_ref(x, w))
+        torch.testing.assert_close(norm.group_norm_silu(x, b, b, 2), norm.group_norm_silu_ref(x, b, b, 2))
+        shift, scale = (torch.randn(2, 8, requires_grad=True) for _ in range(2))
+        norm.modulate(torch.empty(2, 0, 8), shift, scale).sum().backward()
+    assert not shift.grad.any() and not scale.grad.any()
+
+
+def test_fp64_is_not_for_the_kernels():
+    class Cuda:
+        is_cuda = True
+
+        def __init__(self, dtype):
+            self.dtype = dtype
+
+    assert norm.form(Cuda(torch.float32)) == "triton" and norm.form(Cuda(torch.float64)) == "torch"
