@@ -143,8 +143,8 @@ PRESETS = {
     # pixels of 32 a side, about five minutes on two cores, in fp32: in bf16 the forms were right, the colours were not;
     # --stage vae: latents of half the side
     "cpu": dict(widths=(16, 32, 64), attn=(0, 0, 1), layers=1, heads=4, groups=8, captions=24, dim=64, text_layers=2,
-                text_heads=4, vae_widths=(16, 32), vae_layers=1, batch=16, steps=1400, lr=7e-3, lr_end=0.0, warmup=20,
-                optim="muon", ema=0.99, dtype="fp32", eval_every=700),
+                text_heads=4, vae_widths=(16, 32), vae_layers=1, batch=16, steps=1500, lr=7e-3, lr_end=0.0, warmup=20,
+                optim="muon", ema=0.99, dtype="fp32", eval_every=750),
     # pixels or latents of 32 to 64 a side on one 12 GB GPU
     "gpu": dict(widths=(128, 256, 256), attn=(0, 1, 1), heads=8, dim=256, text_layers=4, text_heads=4,
                 vae_widths=(64, 128, 256), batch=64, steps=20_000, lr=2e-4, lr_end=0.0, warmup=200, ema=0.999,
